@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer of a run, from its record: clip, AdamW or Muon, decay, learning rate.
+
+    g <- g * min(1, clip_norm / |g|)                       over the whole tree
+    u  = adam(g)  or, for the matrices of Muon,  muon(g)
+    p <- p - lr(step) * (u + weight_decay * p)              decay only where labelled
+
+Source: AdamW, Loshchilov and Hutter (arXiv 1711.05101), decay multiplied by lr as in
+optax and PyTorch; Muon, see `muon.py`. Which weight is what is told by a tree of labels:
+"matrix" (decays; Muon's if Muon is chosen), "vector" (norms and biases: AdamW, never
+decays), "embedding" (anything with a vocabulary dim, the output head too: AdamW; decays
+only with `decay_embedding`, since without it embeddings keep their norm, OLMo 2, arXiv
+2501.00656).
+
+Shapes: any tree; layers may be stacked, see `label_tree` for how names tell the dims.
+Invariants: state and arithmetic are float32 whatever the weights are; a step is a pure
+function of (gradients, state, weights); nothing here accumulates gradients.
+Raises: config.InputError for unknown names, for a leaf whose name does not tell its dims.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qwen_jax import config
+from qwen_jax.optim import muon, schedules
+
+NAMES = ("adamw", "muon")
+STACKED = "le"  # dims that stack matrices: layers, experts
+LABELS = ("matrix", "vector", "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """What a run asks of its optimizer; 0 for lr_peak and -1 for steps leave it open.
+
+    Open fields are filled by `derive.derive`, which prints the reasons.
+    """
+
+    name: str = "adamw"
+    lr_peak: float = 0.0
+    schedule: str = "cosine"
+    warmup_steps: int = -1
+    decay_steps: int = -1
+    lr_end_ratio: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_embedding: bool = False
+    clip_norm: float = 1.0  # 0 does not clip
+    muon_beta: float = 0.95
+    muon_iters: int = 5
+    muon_rms: float = 0.2
+
+    def __post_init__(self):
+        for field, names in (("name", NAMES), ("schedule", schedules.NAMES)):
+            value = getattr(self, field)
+            if value not in names:
+                raise ValueError(
+                    f"{field}={value!r} is not known{config.nearest(value, names)}"
+                )
+        for field in ("lr_peak", "weight_decay", "clip_norm", "eps", "muon_rms"):
+            value = getattr(self, field)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{field}={value}: wanted a number of at least 0")
+        for field in ("b1", "b2", "muon_beta"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: wanted 0 <= it < 1")
+        if not 0 <= self.lr_end_ratio <= 1:
+            raise ValueError(f"lr_end_ratio={self.lr_end_ratio}: wanted 0 to 1")
+        if self.warmup_steps < -1 or self.decay_steps < -1:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps}, decay_steps={self.decay_steps}: "
+                "wanted a number of steps, or -1 to derive it"
+            )
+
+
+def build(
+    optim: OptimConfig,
+    num_steps: int,
+    labels: Any | Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformation:
+    """The whole update as one optax transformation.
+
+    Args:
+      optim: the record, with nothing left open.
+      num_steps: length of the run, for the schedule.
+      labels: tree of "matrix" | "vector" | "embedding" like the weights', or a function
+        from the weights to it; by default `label_tree`.
+    Returns:
+      A transformation whose update is to be added to the weights
+      (`optax.apply_updates`).
+    """
+    labels = label_tree if labels is None else labels
+    decayed = {"matrix": True, "vector": False, "embedding": optim.decay_embedding}
+    adam = optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
+    if optim.name == "muon":
+        matrix = muon.scale_by_muon(optim.muon_beta, optim.muon_iters, optim.muon_rms)
+        rule = optax.partition(
+            {"matrix": matrix, "other": adam},
+            lambda tree: _map_labels(
+                labels, tree, lambda x: "matrix" if x == "matrix" else "other"
+            ),
+        )
+    else:
+        rule = adam
+    parts = [rule]
+    if optim.clip_norm > 0:
+        parts.insert(0, optax.clip_by_global_norm(optim.clip_norm))
+    if optim.weight_decay > 0:
+        parts.append(
+            optax.add_decayed_weights(
+                optim.weight_decay, lambda tree: _map_labels(labels, tree, decayed.get)
+            )
+        )
+    parts.append(optax.scale_by_learning_rate(schedules.make(optim, num_steps)))
+    return _in_float32(optax.chain(*parts))
+
+
+def label_tree(params: Any) -> Any:
+    """A label for every weight, read from its name.
+
+    Names end in one letter per dim (`q_ldn`, `norm_d`, `embed_vd`): a `v` makes an
+    embedding; otherwise two dims that are not stacked (l, e) make a matrix, fewer make
+    a vector.
+    """
+
+    def one(path, leaf) -> str:
+        name = str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1])))
+        dims = name.rpartition("_")[2]
+        where = jax.tree_util.keystr(path)
+        if len(dims) != len(leaf.shape) or "_" not in name:
+            raise config.InputError(
+                f"{where} has shape {tuple(leaf.shape)}, which its name does not "
+                "tell: end the name in one letter per dim, or pass labels"
+            )
+        if "v" in dims:
+            return "embedding"
+        own = dims.lstrip(STACKED)
+        if len(own) > 2:
+            raise config.InputError(
+                f"{where}: {own!r} is more than a matrix; fold it to two dims, or pass "
+                "labels"
+            )
+        return "matrix" if len(own) == 2 else "vector"
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _map_labels(labels: Any, tree: Any, fn: Callable[[str], Any]) -> Any:
+    """fn of each leaf's label, as a tree like `tree`."""
+    named = labels(tree) if callable(labels) else labels
+    for path, label in jax.tree_util.tree_leaves_with_path(named):
+        if label not in LABELS:
+            raise config.InputError(
+                f"label {label!r} of {jax.tree_util.keystr(path)}: wanted one of "
+                f"{', '.join(LABELS)}"
+            )
+    return jax.tree.map(fn, named)
+
+
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` on float32 copies of whatever comes; no copy where it is float32 already."""
+
+    def widen(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(grads, state, params=None):
+        return tx.update(widen(grads), state, None if params is None else widen(params))
+
+    return optax.GradientTransformation(lambda p: tx.init(widen(p)), update)
