@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One save: prepare the folder, write, vote, commit, retain. `manager.py` drives it.
+
+The order, and why:
+1. process 0 checks guard and free space and makes tmp.<step>; all learn the verdict, so
+   that a save which cannot start is refused in every process alike (`begin`);
+2. every process writes its shards and its local facts, then votes: one bad process
+   makes all give the step up, within the vote instead of a barrier's time limit;
+3. process 0 merges, writes meta.json, flushes and digests all files, writes the
+   manifest, asks the guard once more and renames (`commit`);
+4. only then does retention delete older steps;
+5. all learn the verdict.
+
+Raises: SaveError from `begin`; `finish` never raises but returns what went wrong.
+"""
+
+import dataclasses
+import pathlib
+import re
+import shutil
+from collections.abc import Callable
+
+import jax
+
+from qwen_jax import config
+from qwen_jax.checkpoint import agree, arrays, manifest, steps
+
+_MARGIN_BYTES = 4 << 20  # metadata files and block rounding, for the free-space check
+
+
+class SaveError(RuntimeError):
+    """A checkpoint was not written; the older ones are untouched."""
+
+    def __init__(self, step: int, reason: str):
+        super().__init__(f"checkpoint of step {step} was not saved: {reason}")
+        self.step = step
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Facts of one save under way."""
+
+    folder: pathlib.Path  # the checkpoints folder
+    step: int
+    tag: str  # prefix of this save's exchanges between processes
+    leaves: arrays.Table
+    num_bytes: int
+    meta_text: str
+    local_text: str  # "" when this process has no facts of its own
+    guard: Callable[[], None]
+    timeout_s: float
+
+    @property
+    def temporary(self) -> pathlib.Path:
+        return steps.temporary(self.folder, self.step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How a save ended; the same on all processes unless one of them is lost."""
+
+    wrong: str  # "" when the step is visible
+    num_bytes: int
+    gone: list[int]  # steps that retention deleted
+
+
+def begin(job: Job) -> None:
+    """Check the space and make the temporary folder; SaveError everywhere if not."""
+    wrong = ""
+    if jax.process_index() == 0:
+        try:
+            job.guard()
+            needed = job.num_bytes + _MARGIN_BYTES
+            free = shutil.disk_usage(job.folder).free
+            if free < needed:
+                wrong = (
+                    f"it needs {needed:,} bytes and {free:,} are free in {job.folder}; "
+                    "free some space or lower checkpoint.keep"
+                )
+            else:
+                steps.remove_tree(job.temporary)
+                (job.temporary / "arrays").mkdir(parents=True)
+        except (OSError, config.InputError) as error:
+            wrong = reason(job.folder, error)
+    wrong = agree.from_primary(f"{job.tag}/begin", wrong, job.timeout_s)
+    if wrong:
+        raise SaveError(job.step, wrong)
+
+
+def finish(
+    job: Job, futures: list, failed: str, retain: Callable[[], list[int]]
+) -> Verdict:
+    """Write, vote, commit on process 0, learn the verdict (in the save's thread).
+
+    Args:
+      futures: what `arrays.start_write` returned.
+      failed: why it could not start in this process, or "".
+      retain: deletes what retention gives up and returns those steps.
+    """
+    try:
+        mine = failed or _write_own(job, futures)
+        votes = agree.gather(f"{job.tag}/written", mine, job.timeout_s)
+        wrong = mine
+        if len(votes) > 1:
+            bad = [f"process {i}: {text}" for i, text in enumerate(votes) if text]
+            wrong = "; ".join(bad)
+        outcome = _commit(job, wrong, retain) if jax.process_index() == 0 else None
+        outcome = agree.from_primary(f"{job.tag}/verdict", outcome, job.timeout_s)
+        return Verdict(*outcome)
+    except Exception as error:  # noqa: BLE001 - becomes the SaveError of check()
+        return Verdict(reason(job.folder, error), 0, [])
+
+
+def _write_own(job: Job, futures: list) -> str:
+    """Wait for this process's arrays, write its local facts; what failed or ""."""
+    try:
+        for future in futures:
+            future.result(timeout=job.timeout_s)
+        if job.local_text:
+            name = f"local.{jax.process_index()}.json"
+            (job.temporary / name).write_text(job.local_text, encoding="utf-8")
+    except Exception as error:  # noqa: BLE001 - voted: all give the step up
+        return reason(job.folder, error)
+    return ""
+
+
+def _commit(job: Job, wrong: str, retain: Callable[[], list[int]]) -> list:
+    """Make the step visible, or clear it away; the fields of a Verdict."""
+    num_bytes, gone = 0, []
+    if not wrong:
+        try:
+            arrays.finish_write(job.temporary / "arrays")
+            (job.temporary / "meta.json").write_text(job.meta_text, encoding="utf-8")
+            num_bytes = manifest.write(job.temporary, job.step, job.leaves)
+            job.guard()
+            steps.commit(job.folder, job.step)
+        except Exception as error:  # noqa: BLE001 - part of the verdict
+            wrong = reason(job.folder, error)
+    if wrong:
+        # What cannot be removed now is cleared at the next start.
+        shutil.rmtree(job.temporary, ignore_errors=True)
+    else:
+        gone = retain()
+    return [wrong, num_bytes, gone]
+
+
+def reason(folder: pathlib.Path, error: BaseException) -> str:
+    """An exception as one line; for a full disk, with the free bytes and the fix."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if re.search(r"No space left|quota exceeded|Errno 28|RESOURCE_EXHAUSTED", text):
+        try:
+            free = f"{shutil.disk_usage(folder).free:,} bytes free"
+        except OSError:
+            free = "free space unknown"
+        text = f"disk full ({free} in {folder}); free some space; {text}"
+    return text[:1000]
