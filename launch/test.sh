@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Makes .venv with the test extra, checks format and lint, runs the whole test suite.
+#
+# Usage: launch/test.sh [--lint | --fix] [arguments of pytest]
+#   --lint               format and lint only
+#   --fix                mend what ruff can mend by itself, then stop
+#   tests/data -x        only those tests, stop at the first failure
+#   -m slow              the long tests, which are left out otherwise
+#   PYTHON=python3.12    another Python, in .venv-3.12
+#   EXTRAS=test,seqio    more extras (seqio is 3 GB; its tests skip without it)
+#
+# Ruff's settings stand here, on its command line: the project's settings live in
+# setup.cfg, which ruff does not read. Line length 88 is its default.
+#   E W F  pycodestyle and pyflakes        B    likely bugs
+#   I      order of imports                C4   comprehensions
+#   UP     today's Python                  NPY  deprecated NumPy
+#   S301-S302, S307  pickle, marshal, eval PLE  pylint's errors
+#   RUF100 a noqa that silences nothing
+set -euo pipefail
+
+if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+    exit 0
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv="$(launch/install.sh "${EXTRAS:-test}")"
+
+target="--target-version=py311"
+rules="--select=E,W,F,I,B,UP,C4,NPY,PLE,S301,S302,S307,RUF100"
+if [[ "${1:-}" == "--fix" ]]; then
+    "$venv/bin/ruff" check --quiet --fix "$target" "$rules" . || true
+    "$venv/bin/ruff" format "$target" .
+    exit
+fi
+
+# Both are told even when the first fails: one run shows all there is to mend.
+failed=""
+"$venv/bin/ruff" format --check --quiet "$target" . || failed="ruff format"
+"$venv/bin/ruff" check --quiet "$target" "$rules" . || failed="${failed:+$failed, }ruff check"
+if [[ "${1:-}" != "--lint" ]]; then
+    export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+    "$venv/bin/python" -m pytest "$@" || failed="${failed:+$failed, }pytest"
+fi
+if [[ -n "$failed" ]]; then
+    echo "failed: $failed (launch/test.sh --fix mends format and simple lint)" >&2
+    exit 1
+fi
