@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device mesh, the rules that lay dims on it, and the ops that change a layout.
+
+The mesh has three Explicit axes, always all of them (size 1 costs nothing):
+`data` (replicas), `fsdp` (replicas that split the weights' `embed` dim and gather it
+where it is used) and `tensor` (heads, ffn and vocabulary). `Rules` maps a dim's name to
+axes; a planner's result is another `Rules`.
+
+Under Explicit axes a sharding is part of an array's type, so every change of layout is
+written in the code. All of them go through this file (`einsum`, `reshard`, `take`,
+`local`), which is where a sharding error is looked for. With no mesh set (a notebook,
+one device) each op is its plain twin.
+
+Units: `MeshConfig` sizes are counts of devices; -1 (one axis at most) takes the rest.
+Raises: config.InputError for sizes that do not multiply to the devices at hand.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import config
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 means whatever is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def sizes(self, num_devices: int) -> tuple[int, int, int]:
+        """(data, fsdp, tensor) for `num_devices`, with -1 filled in."""
+        sizes = [self.data, self.fsdp, self.tensor]
+        if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
+            raise config.InputError(
+                f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and "
+                "at most one is -1 (the rest of the devices)"
+            )
+        if -1 in sizes:
+            fixed = -math.prod(sizes)
+            if num_devices % fixed:
+                raise config.InputError(
+                    f"mesh {dict(zip(AXES, sizes, strict=True))}: {num_devices} "
+                    f"devices are not a multiple of {fixed}; change --config.mesh.*"
+                )
+            sizes[sizes.index(-1)] = num_devices // fixed
+        return tuple(sizes)
+
+
+def make(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all), Explicit axes ("data", "fsdp", "tensor").
+
+    Raises:
+      config.InputError: when the sizes need more or fewer devices than there are.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh.sizes(len(devices))
+    if math.prod(sizes) != len(devices):
+        raise config.InputError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} "
+            f"devices, {len(devices)} are here; set one of --config.mesh.data, .fsdp, "
+            ".tensor to -1 to take the rest"
+        )
+    types = (AxisType.Explicit,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+
+
+Axes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which mesh axes each dim lies on; None keeps the dim whole.
+
+    `embed` concerns weights only: activations keep their width whole.
+    """
+
+    batch: Axes = ("data", "fsdp")
+    embed: Axes = "fsdp"
+    heads: Axes = "tensor"
+    kv_heads: Axes = "tensor"
+    ffn: Axes = "tensor"
+    vocab: Axes = "tensor"
+    layers: Axes = None
+
+    def pspec(self, *dims: str | None) -> P:
+        """("batch", None, "ffn") -> P(("data", "fsdp"), None, "tensor")."""
+        axes = [None if dim is None else getattr(self, dim) for dim in dims]
+        flat = [a for ax in axes if ax for a in ((ax,) if isinstance(ax, str) else ax)]
+        if len(set(flat)) != len(flat):
+            raise ValueError(f"dims {dims} lie on one mesh axis twice: {axes}")
+        return P(*axes)
+
+    def gathered(self, *dims: str | None) -> P:
+        """The spec of a weight where it is used: `embed` whole, the rest as it lies."""
+        return self.pspec(
+            *(None if dim in ("embed", "layers") else dim for dim in dims)
+        )
+
+
+def active() -> bool:
+    """Whether a mesh is set (`jax.set_mesh`) where this is traced."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def axis_size(axes: Axes) -> int:
+    """Number of devices along `axes` of the mesh that is set; 1 with no mesh."""
+    if axes is None or not active():
+        return 1
+    shape = jax.sharding.get_abstract_mesh().shape
+    names = (axes,) if isinstance(axes, str) else axes
+    return math.prod(shape[name] for name in names)
+
+
+def reshard(x: jax.Array, spec: P) -> jax.Array:
+    """`x` laid out as `spec`: a gather, a slice or an all-to-all, as it falls."""
+    return jax.sharding.reshard(x, spec) if active() else x
+
+
+def einsum(subscripts: str, *operands: jax.Array, out: P, **kwargs) -> jax.Array:
+    """jnp.einsum whose result is laid out as `out`; a contraction over a sharded dim
+    becomes a reduction over its axis."""
+    if active():
+        kwargs["out_sharding"] = out
+    return jnp.einsum(subscripts, *operands, **kwargs)
+
+
+def take(table_vd: jax.Array, ids_bt: jax.Array, rules: Rules) -> jax.Array:
+    """Rows of an embedding table: [v, d], [b, t] -> [b, t, d] laid out by batch.
+
+    The table stays split: each device looks up its slice of the width for the rows of
+    its whole fsdp group, and one all-to-all turns slices of width into slices of batch.
+    The traffic is activations, never the table.
+    """
+    if not active():
+        return table_vd[ids_bt]
+    batch, width = rules.batch, rules.embed
+    batch = (batch,) if isinstance(batch, str) else (batch or ())
+    width = (width,) if isinstance(width, str) else (width or ())
+    outer = tuple(axis for axis in batch if axis not in width) or None
+    ids_bt = reshard(ids_bt, P(outer, None))
+    table_vd = reshard(table_vd, P(None, width or None))
+    x_btd = table_vd.at[ids_bt].get(out_sharding=P(outer, None, width or None))
+    return reshard(x_btd, rules.pspec("batch", None, None))
+
+
+def local(fn: Callable, *, inputs: Any, out: Any) -> Callable:
+    """`fn` run on each device's own block (shard_map); plain `fn` with no mesh set."""
+    if not active():
+        return fn
+    return jax.shard_map(fn, in_specs=inputs, out_specs=out)
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+    """The mesh axes over which `x` differs, inside `local`; empty elsewhere."""
+    kind = jax.typeof(x)
+    if hasattr(kind, "manual_axis_type"):
+        return frozenset(kind.manual_axis_type.varying)
+    return frozenset(getattr(kind, "vma", ()))
+
+
+def vary(x: jax.Array, axes: frozenset[str] | tuple[str, ...]) -> jax.Array:
+    """`x` marked, inside `local`, as varying over `axes`: its cotangent is summed over
+    those it did not vary over before, once."""
+    missing = tuple(sorted(set(axes) - varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def sharding(mesh: Mesh, spec: P) -> NamedSharding:
+    """NamedSharding of `spec` on `mesh`."""
+    return NamedSharding(mesh, spec)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Qwen as pure functions: `load`, `forward`, `save`, `init`.
+
+    spec, params = models.load("DIR", dtype="float32")
+    logits_btv = models.forward(spec, params, tokens_bt)
+    models.save(spec, params, "DIR")
+
+`init(spec, seed)` gives random weights of a Spec or of a published size by name.
+"""
+
+from typing import Any
+
+import jax
+
+from qwen_jax import mesh as mesh_lib
+from qwen_jax import params as params_lib
+from qwen_jax import rng
+from qwen_jax.models import decoder, hf
+from qwen_jax.models import spec as spec_lib
+from qwen_jax.models.decoder import forward
+from qwen_jax.models.hf import load, save
+from qwen_jax.models.spec import Spec
+
+__all__ = ["Spec", "forward", "init", "load", "save"]
+
+
+def init(
+    spec: Spec | str,
+    seed: int = 0,
+    *,
+    device_mesh: jax.sharding.Mesh | None = None,
+    rules: mesh_lib.Rules | None = None,
+) -> Any:
+    """Random weights of a Spec (or a name of spec.NAMED), in its param_dtype.
+
+    Args:
+      spec: the model, or a published size such as "qwen3-0.6b".
+      seed: of the run; the same seed gives the same bits on every mesh.
+      device_mesh: lay the weights out on it, by `rules`.
+      rules: dims -> mesh axes.
+    """
+    if isinstance(spec, str):
+        spec = spec_lib.get(spec)
+    tree = decoder.decoder_params(spec)
+    layout = None
+    if device_mesh is not None:
+        layout = params_lib.shardings(tree, device_mesh, rules or mesh_lib.Rules())
+    key = rng.key_for(seed, "params")
+    return params_lib.init(tree, key, spec.param_dtype, layout)

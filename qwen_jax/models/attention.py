@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped-query attention: weights, projections, and the choice of a kernel.
+
+Source: GQA (arXiv 2305.13245); biases on q, k, v as in Qwen2, RMSNorm on each q and k
+head before RoPE as in Qwen3.
+
+Shapes: x_btd -> y_btd. Weights q_ldnk, k_ldhk, v_ldhk, o_lnkd, biases q_bias_lnk,
+k_bias_lhk, v_bias_lhk, norms q_norm_lk, k_norm_lk, stacked by layer.
+Invariants: packed rows equal separate rows on every backend. A backend that cannot keep
+that for the batch at hand is refused by `check_backend`, never used with less.
+Backends: "blockwise" runs everywhere and is always right; "cudnn" (GPU, bf16 or f16, one
+segment a row) and "splash" (TPU, segments, head width a multiple of 64) are opt-in.
+Raises: config.InputError from `check_backend`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from qwen_jax import config, mesh
+from qwen_jax.models import norm, rope
+from qwen_jax.models import spec as spec_lib
+from qwen_jax.models.kernels import blockwise
+from qwen_jax.params import Param, normal, ones, zeros
+
+
+def attention_params(spec: spec_lib.Spec) -> dict[str, Param]:
+    """Stacked weights of the attention blocks."""
+    l, d, n, h, k = (
+        spec.num_layers,
+        spec.width,
+        spec.num_heads,
+        spec.num_kv_heads,
+        spec.head_width,
+    )
+    init = normal(spec.init_std)
+    tree = {
+        "q_ldnk": Param((l, d, n, k), ("layers", "embed", "heads", None), init),
+        "k_ldhk": Param((l, d, h, k), ("layers", "embed", "kv_heads", None), init),
+        "v_ldhk": Param((l, d, h, k), ("layers", "embed", "kv_heads", None), init),
+        "o_lnkd": Param((l, n, k, d), ("layers", "heads", None, "embed"), init),
+    }
+    if spec.qkv_bias:
+        tree |= {
+            "q_bias_lnk": Param((l, n, k), ("layers", "heads", None), zeros),
+            "k_bias_lhk": Param((l, h, k), ("layers", "kv_heads", None), zeros),
+            "v_bias_lhk": Param((l, h, k), ("layers", "kv_heads", None), zeros),
+        }
+    if spec.qk_norm:
+        tree |= {
+            "q_norm_lk": Param((l, k), ("layers", None), ones),
+            "k_norm_lk": Param((l, k), ("layers", None), ones),
+        }
+    return tree
+
+
+def check_backend(spec: spec_lib.Spec, platform: str, *, packed: bool) -> None:
+    """Refuse an attention backend that cannot do what the batch needs.
+
+    Raises:
+      config.InputError: naming the backend, what it lacks, and what to set instead.
+    """
+    instead = "; set --config.model.attention=blockwise"
+    if spec.attention == "cudnn":
+        if platform != "gpu":
+            raise config.InputError(
+                f"attention 'cudnn' needs a GPU, this is {platform}{instead}"
+            )
+        if packed:
+            raise config.InputError(
+                "attention 'cudnn' takes no segment ids, so packed documents would "
+                f"see each other{instead} (or train on rows of one document each)"
+            )
+        if spec.compute_dtype not in ("bfloat16", "float16"):
+            raise config.InputError(
+                f"attention 'cudnn' needs bfloat16 or float16, compute_dtype is "
+                f"{spec.compute_dtype}{instead}"
+            )
+    if spec.attention == "splash":
+        if platform != "tpu":
+            raise config.InputError(
+                f"attention 'splash' needs a TPU, this is {platform}{instead}"
+            )
+        if spec.head_width % 64:
+            raise config.InputError(
+                f"attention 'splash' needs a head width that is a multiple of 64, "
+                f"this model has {spec.head_width}{instead}"
+            )
+
+
+def attention(
+    p: dict[str, jax.Array],
+    x_btd: jax.Array,
+    cos_btk: jax.Array,
+    sin_btk: jax.Array,
+    segments_bt: jax.Array | None,
+    *,
+    spec: spec_lib.Spec,
+    rules: mesh.Rules,
+    window: int,
+) -> jax.Array:
+    """One layer's causal self-attention over whole rows (no cache)."""
+    q_btnk, k_bshk, v_bshk = project(p, x_btd, cos_btk, sin_btk, spec, rules)
+    kernel = functools.partial(KERNELS[spec.attention], window=window)
+    heads = rules.pspec("batch", None, "heads", None)
+    kv_heads = rules.pspec("batch", None, "kv_heads", None)
+    if segments_bt is None:
+        run = mesh.local(kernel, inputs=(heads, kv_heads, kv_heads), out=heads)
+        out_btnk = run(q_btnk, k_bshk, v_bshk)
+    else:
+        rows = rules.pspec("batch", None)
+        run = mesh.local(kernel, inputs=(heads, kv_heads, kv_heads, rows), out=heads)
+        out_btnk = run(q_btnk, k_bshk, v_bshk, segments_bt)
+    return merge(p, out_btnk, rules)
+
+
+def cached(
+    p: dict[str, jax.Array],
+    x_btd: jax.Array,
+    cos_btk: jax.Array,
+    sin_btk: jax.Array,
+    keys_bshk: jax.Array,
+    values_bshk: jax.Array,
+    segments_bt: jax.Array,
+    segments_bs: jax.Array,
+    length: jax.Array,
+    *,
+    spec: spec_lib.Spec,
+    rules: mesh.Rules,
+    window: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One layer over new tokens and a cache: (y_btd, keys with them in, values).
+
+    `segments_bs` already has the new tokens' segments; `length` is the slot of the
+    first new token.
+    """
+    q_btnk, k_bthk, v_bthk = project(p, x_btd, cos_btk, sin_btk, spec, rules)
+    heads = rules.pspec("batch", None, "heads", None)
+    kv_heads = rules.pspec("batch", None, "kv_heads", None)
+    rows = rules.pspec("batch", None)
+
+    def run(q, k, v, keys, values, seg_t, seg_s, length):
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, length, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v, length, axis=1)
+        out = over_cache(q, keys, values, seg_t, seg_s, length, window=window)
+        return out, keys, values
+
+    run = mesh.local(
+        run,
+        inputs=(heads, kv_heads, kv_heads, kv_heads, kv_heads, rows, rows, jax.P()),
+        out=(heads, kv_heads, kv_heads),
+    )
+    out_btnk, keys_bshk, values_bshk = run(
+        q_btnk, k_bthk, v_bthk, keys_bshk, values_bshk, segments_bt, segments_bs, length
+    )
+    return merge(p, out_btnk, rules), keys_bshk, values_bshk
+
+
+def project(p, x_btd, cos_btk, sin_btk, spec, rules):
+    """Rotated queries and keys, and values: q_btnk, k_bthk, v_bthk."""
+
+    def one(name, heads, rotate):
+        dtype = x_btd.dtype
+        letter = "n" if heads == "heads" else "h"
+        w = p[f"{name}_ld{letter}k"].astype(dtype)
+        w = mesh.reshard(w, rules.gathered("embed", heads, None))
+        out = rules.pspec("batch", None, heads, None)
+        y = mesh.einsum(f"btd,d{letter}k->bt{letter}k", x_btd, w, out=out)
+        if spec.qkv_bias:
+            y = y + p[f"{name}_bias_l{letter}k"].astype(dtype)[None, None]
+        y = checkpoint_name(y, name)
+        if rotate and spec.qk_norm:
+            y = norm.rms_norm(y, p[f"{name}_norm_lk"], spec.norm_eps)
+        return rope.apply(y, cos_btk, sin_btk) if rotate else y
+
+    return (
+        one("q", "heads", True),
+        one("k", "kv_heads", True),
+        one("v", "kv_heads", False),
+    )
+
+
+def merge(p, out_btnk, rules):
+    """Heads back to the width: out_btnk -> y_btd."""
+    o_nkd = p["o_lnkd"].astype(out_btnk.dtype)
+    o_nkd = mesh.reshard(o_nkd, rules.gathered("heads", None, "embed"))
+    out = rules.pspec("batch", None, None)
+    return mesh.einsum("btnk,nkd->btd", out_btnk, o_nkd, out=out)
+
+
+def over_cache(q_btnk, k_bshk, v_bshk, seg_bt, seg_bs, length, *, window, block=512):
+    """Attention of new queries over cache slots; query i sits in slot length + i.
+
+    Queries go in blocks, so that prefill holds [block, s] scores at a time.
+    """
+    b, t, n, k = q_btnk.shape
+    h = k_bshk.shape[2]
+    wide = jnp.promote_types(q_btnk.dtype, jnp.float32)
+    # Window distance counts real tokens, so padding in a row does not stretch it.
+    rank_bs = jnp.cumsum(seg_bs > 0, axis=1)
+    slot_s = jnp.arange(k_bshk.shape[1])
+
+    def rows(q_bqhgk, seg_bq, slot_q):
+        scores = jnp.einsum(
+            "bqhgk,bshk->bhgqs", q_bqhgk, k_bshk, preferred_element_type=wide
+        )
+        seen = (slot_q[:, None] >= slot_s[None, :])[None]
+        seen = seen & (seg_bq[:, :, None] == seg_bs[:, None, :])
+        seen = seen & (seg_bq > 0)[:, :, None]
+        if window:
+            rank_bq = jnp.take(rank_bs, jnp.minimum(slot_q, len(slot_s) - 1), axis=1)
+            seen = seen & (rank_bq[:, :, None] - rank_bs[:, None, :] < window)
+        seen = jnp.broadcast_to(seen[:, None, None], scores.shape)
+        p = jax.nn.softmax(jnp.where(seen, scores, blockwise.NEG), axis=-1)
+        p = jnp.where(seen, p, 0.0).astype(v_bshk.dtype)
+        out = jnp.einsum("bhgqs,bshk->bqhgk", p, v_bshk, preferred_element_type=wide)
+        return out.astype(q_btnk.dtype)
+
+    q = (q_btnk * k**-0.5).reshape(b, t, h, n // h, k)
+    slots = length + jnp.arange(t)
+    if t <= block:
+        return rows(q, seg_bt, slots).reshape(b, t, n, k)
+    blocks = -(-t // block)
+    rest = blocks * block - t
+    q = jnp.pad(q, [(0, 0), (0, rest), (0, 0), (0, 0), (0, 0)])
+    seg = jnp.pad(seg_bt, [(0, 0), (0, rest)])
+    slots = jnp.pad(slots, [(0, rest)])
+
+    def one(i):
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=block)
+        return rows(
+            cut(q, i * block, axis=1),
+            cut(seg, i * block, axis=1),
+            cut(slots, i * block),
+        )
+
+    out = jax.lax.map(one, jnp.arange(blocks))
+    out = jnp.moveaxis(out, 0, 1).reshape(b, blocks * block, n, k)
+    return out[:, :t]
+
+
+def _cudnn(q_btnk, k_bshk, v_bshk, segments_bt=None, *, window):
+    """Fused attention of cuDNN; refused for packed rows by `check_backend`."""
+    if segments_bt is not None:
+        raise config.InputError(
+            "attention 'cudnn' takes no segment ids; set attention=blockwise"
+        )
+    return jax.nn.dot_product_attention(
+        q_btnk,
+        k_bshk,
+        v_bshk,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation="cudnn",
+    )
+
+
+def _splash(q_btnk, k_bshk, v_bshk, segments_bt=None, *, window, interpret=False):
+    """Splash attention of JAX's Pallas TPU ops, segments included."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    t, n, k = q_btnk.shape[1:]
+    if window:
+        mask = splash.LocalMask((t, t), (window - 1, 0), 0)
+    else:
+        mask = splash.CausalMask((t, t))
+    size = next((s for s in (512, 256, 128) if t % s == 0), None)
+    if size is None:
+        raise config.InputError(
+            f"attention 'splash' needs rows of a multiple of 128 tokens, got {t}; set "
+            "--config.data.seq_tokens, or --config.model.attention=blockwise"
+        )
+    sizes = splash.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * n), block_sizes=sizes, interpret=interpret
+    )
+    q = (q_btnk * k**-0.5).transpose(0, 2, 1, 3)
+    keys, values = k_bshk.transpose(0, 2, 1, 3), v_bshk.transpose(0, 2, 1, 3)
+    if segments_bt is None:
+        out = jax.vmap(kernel)(q, keys, values)
+    else:
+        ids = splash.SegmentIds(q=segments_bt, kv=segments_bt)
+        out = jax.vmap(kernel)(q, keys, values, ids)
+    out = out.transpose(0, 2, 1, 3)
+    if segments_bt is not None:
+        out = jnp.where((segments_bt > 0)[:, :, None, None], out, 0)
+    return out
+
+
+KERNELS = {"blockwise": blockwise.attention, "cudnn": _cudnn, "splash": _splash}

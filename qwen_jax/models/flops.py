@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts from a spec: parameters, FLOPs, KV bytes, activation bytes.
+
+Source: every matrix product costs 2 FLOPs a weight and token; attention over a prefix of
+average length s costs 4 * n * k * s a layer and token (scores and weighted values).
+The backward pass costs twice the forward. Norms, RoPE, softmax are left out (below 1 %).
+The embedding lookup is no product; the head is, tied or not.
+
+Units: FLOPs, bytes; `causal=True` counts only what a causal mask leaves, (t + 1) / 2
+keys on average; False counts t, the convention of published MFU figures.
+"""
+
+from qwen_jax import params
+from qwen_jax.models import decoder
+from qwen_jax.models import spec as spec_lib
+
+
+def num_params(spec: spec_lib.Spec) -> int:
+    """All weights, the embedding once."""
+    return params.count(decoder.decoder_params(spec))
+
+
+def num_non_embedding(spec: spec_lib.Spec) -> int:
+    """Weights without the embedding table and the head (as reports count them)."""
+    tables = 1 if spec.tie_embedding else 2
+    return num_params(spec) - tables * spec.vocab_size * spec.width
+
+
+def _keys_seen(tokens: int, window: int, causal: bool) -> float:
+    """Average number of keys a query meets in a row of `tokens`."""
+    if not causal:
+        return min(window, tokens) if window else tokens
+    if not window or window >= tokens:
+        return (tokens + 1) / 2
+    return window - window * (window - 1) / (2 * tokens)
+
+
+def forward_per_token(
+    spec: spec_lib.Spec, seq_tokens: int, *, causal: bool = False
+) -> float:
+    """FLOPs of the forward pass for one token of a row of `seq_tokens`."""
+    weights = num_non_embedding(spec) + spec.vocab_size * spec.width
+    heads = spec.num_heads * spec.head_width
+    attention = sum(4 * heads * _keys_seen(seq_tokens, w, causal) for w in spec.windows)
+    return 2 * weights + attention
+
+
+def train_per_token(
+    spec: spec_lib.Spec, seq_tokens: int, *, causal: bool = False
+) -> float:
+    """FLOPs of forward and backward for one token (no recomputation counted)."""
+    return 3 * forward_per_token(spec, seq_tokens, causal=causal)
+
+
+def kv_bytes_per_token(spec: spec_lib.Spec, itemsize: int = 2) -> int:
+    """Bytes of keys and values one token keeps in a cache."""
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_width * itemsize
+
+
+def activation_bytes_per_token(spec: spec_lib.Spec, remat: str) -> int:
+    """Estimated bytes one token keeps for the backward pass, all layers.
+
+    "none" counts what autodiff saves of a block (inputs of products and of
+    nonlinearities), "dots" and lists what they name, "full" the layer inputs alone.
+    An estimate for choosing a micro-batch; a dry run gives the compiler's number.
+    """
+    size = 2 if spec.compute_dtype in ("bfloat16", "float16") else 4
+    q = spec.num_heads * spec.head_width
+    kv = spec.num_kv_heads * spec.head_width
+    each = {
+        "q": q * size,
+        "k": kv * size,
+        "v": kv * size,
+        "attention": q * size,
+        "attention_lse": spec.num_heads * 4,
+        "mlp_gate": spec.ffn_width * size,
+        "mlp_up": spec.ffn_width * size,
+    }
+    names = decoder.saved_names(remat)
+    if names is None:
+        layer = 2 * sum(each.values()) + (4 * spec.width + spec.ffn_width) * size
+    else:
+        layer = sum(each[name] for name in names)
+    return spec.num_layers * (layer + spec.width * size)

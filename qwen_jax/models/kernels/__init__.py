@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Array kernels, each beside its plain twin."""

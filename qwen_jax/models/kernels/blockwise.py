@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal self-attention in blocks: memory linear in length, forward and backward.
+
+Source: online softmax of FlashAttention (arXiv 2205.14135), in plain XLA. The forward
+pass keeps each query's log-sum-exp; the backward pass computes probabilities again from
+it, so no [t, s] matrix lives outside one block pair.
+
+A query block meets only the key blocks it can see: those up to the diagonal, inside the
+window, and, in packed rows, from the first block that holds the segment its first query
+is in. That last bound is data, so rows packed with short documents cost what short
+documents cost. Short rows (at most `UNROLL` blocks) are written out, each query block
+against its whole prefix in one product, which is 2-4x faster on a CPU.
+
+Shapes: q_btnk, k_bshk, v_bshk with s = t and n a multiple of h; segments_bt int32 (0 is
+padding; equal numbers are contiguous) or None; result out_btnk in q's dtype.
+A token attends where key index <= query index, within `window` tokens when window > 0,
+and inside its own segment. A padding query gets zeros. Softmax is float32.
+`reference` is the plain twin: the same function with the [t, s] matrix in the open.
+Raises: ValueError when shapes do not fit together.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from qwen_jax import mesh
+
+UNROLL = 8
+NEG = -1e30  # finite: a row of only masked scores must not make NaN
+
+
+def reference(q_btnk, k_bshk, v_bshk, segments_bt=None, *, window: int = 0):
+    """The plain twin: softmax over a full [t, s] matrix."""
+    b, t, n, k = q_btnk.shape
+    h = k_bshk.shape[2]
+    q_bthgk = q_btnk.reshape(b, t, h, n // h, k).astype(_wide(q_btnk)) * k**-0.5
+    scores = jnp.einsum("bthgk,bshk->bhgts", q_bthgk, k_bshk.astype(q_bthgk.dtype))
+    query, key = jnp.arange(t)[:, None], jnp.arange(t)[None, :]
+    seen = query >= key
+    if window:
+        seen &= query - key < window
+    seen = jnp.broadcast_to(seen[None], (b, t, t))
+    if segments_bt is not None:
+        same = segments_bt[:, :, None] == segments_bt[:, None, :]
+        seen = seen & same & (segments_bt > 0)[:, :, None]
+    seen = seen[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, NEG), axis=-1)
+    weights = jnp.where(seen, weights, 0.0)
+    out = jnp.einsum("bhgts,bshk->bthgk", weights, v_bshk.astype(weights.dtype))
+    return out.reshape(b, t, n, k).astype(q_btnk.dtype)
+
+
+def attention(
+    q_btnk: jax.Array,
+    k_bshk: jax.Array,
+    v_bshk: jax.Array,
+    segments_bt: jax.Array | None = None,
+    *,
+    window: int = 0,
+    block: int | None = None,
+) -> jax.Array:
+    """Causal self-attention of one device's rows and heads.
+
+    Args:
+      q_btnk: queries [b, t, n, k].
+      k_bshk: keys [b, t, h, k]; query head i uses key head i // (n / h).
+      v_bshk: values [b, t, h, k].
+      segments_bt: int32 [b, t], or None for one segment a row and no padding.
+      window: tokens a query sees, itself included; 0 for all before it.
+      block: tokens in a block; None chooses by length.
+    Returns:
+      [b, t, n, k].
+    """
+    b, t, n, k = q_btnk.shape
+    h = k_bshk.shape[2]
+    if k_bshk.shape != (b, t, h, k) or v_bshk.shape != k_bshk.shape or n % h:
+        raise ValueError(
+            f"attention shapes do not fit: q {q_btnk.shape}, k {k_bshk.shape}, "
+            f"v {v_bshk.shape}"
+        )
+    block = block or _block_for(t)
+    padded = -(-t // block) * block
+    if segments_bt is None and padded != t:
+        segments_bt = jnp.ones((b, t), jnp.int32)
+    q_bhgtk = (q_btnk * k**-0.5).reshape(b, t, h, n // h, k).transpose(0, 2, 3, 1, 4)
+    k_bhsk, v_bhsk = k_bshk.transpose(0, 2, 1, 3), v_bshk.transpose(0, 2, 1, 3)
+    if padded != t:
+        rest = padded - t
+        q_bhgtk = jnp.pad(q_bhgtk, [(0, 0)] * 3 + [(0, rest), (0, 0)])
+        k_bhsk = jnp.pad(k_bhsk, [(0, 0)] * 2 + [(0, rest), (0, 0)])
+        v_bhsk = jnp.pad(v_bhsk, [(0, 0)] * 2 + [(0, rest), (0, 0)])
+        segments_bt = jnp.pad(segments_bt, [(0, 0), (0, rest)])
+    out_bhgtk = _attend(q_bhgtk, k_bhsk, v_bhsk, segments_bt, window, block)
+    out_btnk = out_bhgtk.transpose(0, 3, 1, 2, 4).reshape(b, padded, n, k)
+    return out_btnk[:, :t]
+
+
+def _block_for(t: int) -> int:
+    """128 up to 1,024 tokens (written out), larger blocks in the loop above that."""
+    if t <= 128 * UNROLL:
+        return min(128, max(t, 1))
+    return 256 if t <= 4096 else 512
+
+
+def _wide(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q, k, v, segments, window, block):
+    return _forward(q, k, v, segments, window, block)[0]
+
+
+def _attend_fwd(q, k, v, segments, window, block):
+    out, lse = _forward(q, k, v, segments, window, block)
+    # Named inside the rule, so that a remat policy can keep both (decoder.SAVED).
+    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention_lse")
+    return out, (q, k, v, segments, out, lse)
+
+
+def _attend_bwd(window, block, saved, d_out):
+    q, k, v, segments, out, lse = saved
+    # delta = rowsum(dO * O) = sum_s P dP, so dS = P (dP - delta).
+    delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
+    backward = _backward_unrolled if _unrolls(q, block) else _backward_loop
+    dq, dk, dv = backward(q, k, v, segments, lse, delta, d_out, window, block)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _unrolls(q: jax.Array, block: int) -> bool:
+    return q.shape[3] <= block * UNROLL
+
+
+def _forward(q, k, v, segments, window, block):
+    forward = _forward_unrolled if _unrolls(q, block) else _forward_loop
+    return forward(q, k, v, segments, window, block)
+
+
+def _scores(q_bhgqk, k_bhsk):
+    """[b, h, g, q, k] x [b, h, s, k] -> float32 [b, h, g, q, s].
+
+    The g query heads of a kv head are folded into the query dim: one matrix product of
+    g*q rows for each kv head, and no repeated keys.
+    """
+    b, h, g, q, k = q_bhgqk.shape
+    rows = q_bhgqk.reshape(b, h, g * q, k)
+    scores = jnp.einsum(
+        "bhqk,bhsk->bhqs", rows, k_bhsk, preferred_element_type=_wide(q_bhgqk)
+    )
+    return scores.reshape(b, h, g, q, k_bhsk.shape[2])
+
+
+def _weigh(p_bhgqs, v_bhsk):
+    """[b, h, g, q, s] x [b, h, s, k] -> float32 [b, h, g, q, k]."""
+    b, h, g, q, s = p_bhgqs.shape
+    rows = p_bhgqs.reshape(b, h, g * q, s).astype(v_bhsk.dtype)
+    out = jnp.einsum(
+        "bhqs,bhsk->bhqk", rows, v_bhsk, preferred_element_type=_wide(v_bhsk)
+    )
+    return out.reshape(b, h, g, q, v_bhsk.shape[3])
+
+
+def _gather(p_bhgqs, x_bhgqk):
+    """Transposed product, summed over the g heads too: -> float32 [b, h, s, k]."""
+    b, h, g, q, s = p_bhgqs.shape
+    p = p_bhgqs.reshape(b, h, g * q, s).astype(x_bhgqk.dtype)
+    x = x_bhgqk.reshape(b, h, g * q, x_bhgqk.shape[4])
+    return jnp.einsum("bhqs,bhqk->bhsk", p, x, preferred_element_type=_wide(x))
+
+
+def _seen(query, key, segments_q, segments_s, window, *, causal=True):
+    """Mask [b or 1, 1, 1, q, s] (or None for all seen) of index and segment rules."""
+    seen = None
+    if causal:
+        seen = (query[:, None] >= key[None, :])[None]
+    if window:
+        near = (query[:, None] - key[None, :] < window)[None]
+        seen = near if seen is None else seen & near
+    if segments_q is not None:
+        same = segments_q[:, :, None] == segments_s[:, None, :]
+        same &= (segments_q > 0)[:, :, None]
+        seen = same if seen is None else seen & same
+    return None if seen is None else seen[:, None, None]
+
+
+def _mask(scores, seen):
+    if seen is None:
+        return scores
+    return jnp.where(jnp.broadcast_to(seen, scores.shape), scores, NEG)
+
+
+def _exp(scores, lse, seen):
+    """exp(scores - lse), zero where masked (also in rows where nothing is seen)."""
+    p = jnp.exp(scores - lse[..., None])
+    return p if seen is None else jnp.where(jnp.broadcast_to(seen, p.shape), p, 0.0)
+
+
+# ---- Short rows: every query block against its whole visible prefix, written out.
+
+
+def _spans(t, block, window):
+    """(query start, first visible key, one past the last key) of each query block."""
+    for start in range(0, t, block):
+        low = max(0, start - window + 1) // block * block if window else 0
+        yield start, low, start + block
+
+
+def _part(x, start, stop, dim):
+    return jax.lax.slice_in_dim(x, start, stop, axis=dim)
+
+
+def _block_mask(segments, start, stop, low, window):
+    query, key = jnp.arange(start, stop), jnp.arange(low, stop)
+    if segments is None:
+        return _seen(query, key, None, None, window)
+    seg_q, seg_s = segments[:, start:stop], segments[:, low:stop]
+    return _seen(query, key, seg_q, seg_s, window)
+
+
+def _forward_unrolled(q, k, v, segments, window, block):
+    outs, lses = [], []
+    for start, low, stop in _spans(q.shape[3], block, window):
+        seen = _block_mask(segments, start, stop, low, window)
+        scores = _mask(_scores(_part(q, start, stop, 3), _part(k, low, stop, 2)), seen)
+        top = jnp.max(scores, axis=-1)
+        p = _exp(scores, top, seen)
+        total = jnp.sum(p, axis=-1)
+        safe = jnp.where(total > 0, total, 1.0)
+        out = _weigh(p, _part(v, low, stop, 2)) / safe[..., None]
+        outs.append(out.astype(q.dtype))
+        lses.append(top + jnp.log(safe))
+    return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
+
+
+def _backward_unrolled(q, k, v, segments, lse, delta, d_out, window, block):
+    t = q.shape[3]
+    dqs = []
+    dk = jnp.zeros(k.shape, lse.dtype)
+    dv = jnp.zeros(v.shape, lse.dtype)
+    for start, low, stop in _spans(t, block, window):
+        seen = _block_mask(segments, start, stop, low, window)
+        q_i, k_i, v_i = (
+            _part(q, start, stop, 3),
+            _part(k, low, stop, 2),
+            _part(v, low, stop, 2),
+        )
+        d_i = _part(d_out, start, stop, 3)
+        p = _exp(_mask(_scores(q_i, k_i), seen), _part(lse, start, stop, 3), seen)
+        ds = p * (_scores(d_i, v_i) - _part(delta, start, stop, 3)[..., None])
+        dqs.append(_weigh(ds, k_i))
+        dk = dk.at[:, :, low:stop].add(_gather(ds, q_i))
+        dv = dv.at[:, :, low:stop].add(_gather(p, d_i))
+    return jnp.concatenate(dqs, axis=3), dk, dv
+
+
+# ---- Long rows: loops over block pairs, bounded by what can be seen.
+
+
+def _at(x, i, block, dim):
+    return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=dim)
+
+
+def _first_key_block(segments, t, window, block):
+    """For each query block, the first key block any row must look at."""
+    starts = jnp.arange(0, t, block)
+    low = jnp.maximum(starts - window + 1, 0) if window else jnp.zeros_like(starts)
+    if segments is not None:
+        # Index at which the segment of each token began, in each row.
+        new = segments != jnp.pad(segments, [(0, 0), (1, 0)], constant_values=-1)[:, :t]
+        index = jnp.where(new, jnp.arange(t)[None, :], 0)
+        began = jax.lax.cummax(index, axis=1)[:, ::block]
+        # A block of padding looks at nothing before itself.
+        began = jnp.where(segments[:, ::block] > 0, began, starts[None, :])
+        low = jnp.maximum(low, jnp.min(began, axis=0))
+    return low // block
+
+
+def _pair_mask(segments, i, j, window, block):
+    within = jnp.arange(block)
+    query, key = i * block + within, j * block + within
+    if segments is None:
+        return _seen(query, key, None, None, window)
+    seg_q, seg_s = _at(segments, i, block, 1), _at(segments, j, block, 1)
+    return _seen(query, key, seg_q, seg_s, window)
+
+
+def _forward_loop(q, k, v, segments, window, block):
+    b, h, g, t, width = q.shape
+    low = _first_key_block(segments, t, window, block)
+    wide = _wide(q)
+
+    def query_block(_, i):
+        q_i = _at(q, i, block, 3)
+
+        def key_block(j, carry):
+            out, top, total = carry
+            seen = _pair_mask(segments, i, j, window, block)
+            scores = _mask(_scores(q_i, _at(k, j, block, 2)), seen)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+            shrink = jnp.exp(top - new_top)
+            p = _exp(scores, new_top, seen)
+            out = out * shrink[..., None] + _weigh(p, _at(v, j, block, 2))
+            return out, new_top, total * shrink + jnp.sum(p, axis=-1)
+
+        shape = (b, h, g, block)
+        init = (
+            mesh.vary(jnp.zeros((*shape, width), wide), mesh.varying(q)),
+            mesh.vary(jnp.full(shape, NEG, wide), mesh.varying(q)),
+            mesh.vary(jnp.zeros(shape, wide), mesh.varying(q)),
+        )
+        out, top, total = jax.lax.fori_loop(low[i], i + 1, key_block, init)
+        safe = jnp.where(total > 0, total, 1.0)
+        return None, ((out / safe[..., None]).astype(q.dtype), top + jnp.log(safe))
+
+    _, (outs, lses) = jax.lax.scan(query_block, None, jnp.arange(t // block))
+    out = jnp.moveaxis(outs, 0, 3).reshape(q.shape)
+    return out, jnp.moveaxis(lses, 0, 3).reshape(q.shape[:-1])
+
+
+def _backward_loop(q, k, v, segments, lse, delta, d_out, window, block):
+    t = q.shape[3]
+    blocks = t // block
+    low = _first_key_block(segments, t, window, block)
+    # Query blocks that look at key block j: from j to the last i with low[i] <= j.
+    index = jnp.arange(blocks)
+    looks = low[None, :] <= index[:, None]
+    last = jnp.max(jnp.where(looks, index[None, :], index[:, None]), axis=1)
+
+    def key_block(dq, j):
+        k_j, v_j = _at(k, j, block, 2), _at(v, j, block, 2)
+
+        def query_block(i, carry):
+            dq, dk_j, dv_j = carry
+            q_i, d_i = _at(q, i, block, 3), _at(d_out, i, block, 3)
+            seen = _pair_mask(segments, i, j, window, block)
+            p = _exp(_mask(_scores(q_i, k_j), seen), _at(lse, i, block, 3), seen)
+            ds = p * (_scores(d_i, v_j) - _at(delta, i, block, 3)[..., None])
+            dq_i = _at(dq, i, block, 3) + _weigh(ds, k_j)
+            dq = jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * block, axis=3)
+            return dq, dk_j + _gather(ds, q_i), dv_j + _gather(p, d_i)
+
+        zero = mesh.vary(jnp.zeros(k_j.shape, lse.dtype), mesh.varying(k))
+        carry = (dq, zero, zero)
+        dq, dk_j, dv_j = jax.lax.fori_loop(j, last[j] + 1, query_block, carry)
+        return dq, (dk_j, dv_j)
+
+    dq = mesh.vary(jnp.zeros(q.shape, lse.dtype), mesh.varying(q))
+    dq, (dk, dv) = jax.lax.scan(key_block, dq, index)
+    dk, dv = (jnp.moveaxis(x, 0, 2).reshape(k.shape) for x in (dk, dv))
+    return dq, dk, dv

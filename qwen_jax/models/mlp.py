@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SwiGLU feed-forward (arXiv 2002.05202): y = (silu(x Wg) * (x Wu)) Wd.
+
+Shapes: x_btd -> y_btd; weights gate_df, up_df, down_fd, stacked by layer with `l` in
+front. The ffn dim lies on the `tensor` axis: the last product is reduced over it.
+"""
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from qwen_jax import mesh
+from qwen_jax.models import spec as spec_lib
+from qwen_jax.params import Param, normal
+
+
+def mlp_params(spec: spec_lib.Spec) -> dict[str, Param]:
+    """Stacked weights of the feed-forward blocks."""
+    l, d, f = spec.num_layers, spec.width, spec.ffn_width
+    init = normal(spec.init_std)
+    return {
+        "gate_ldf": Param((l, d, f), ("layers", "embed", "ffn"), init),
+        "up_ldf": Param((l, d, f), ("layers", "embed", "ffn"), init),
+        "down_lfd": Param((l, f, d), ("layers", "ffn", "embed"), init),
+    }
+
+
+def mlp(p: dict[str, jax.Array], x_btd: jax.Array, rules: mesh.Rules) -> jax.Array:
+    """One layer's feed-forward; `p` has one layer's weights."""
+    dtype = x_btd.dtype
+    into, inner = rules.gathered("embed", "ffn"), rules.pspec("batch", None, "ffn")
+    gate_df = mesh.reshard(p["gate_ldf"].astype(dtype), into)
+    up_df = mesh.reshard(p["up_ldf"].astype(dtype), into)
+    down_fd = mesh.reshard(p["down_lfd"].astype(dtype), rules.gathered("ffn", "embed"))
+    gate_btf = mesh.einsum("btd,df->btf", x_btd, gate_df, out=inner)
+    up_btf = mesh.einsum("btd,df->btf", x_btd, up_df, out=inner)
+    gate_btf = checkpoint_name(gate_btf, "mlp_gate")
+    up_btf = checkpoint_name(up_btf, "mlp_up")
+    hidden_btf = jax.nn.silu(gate_btf) * up_btf
+    out = rules.pspec("batch", None, None)
+    return mesh.einsum("btf,fd->btd", hidden_btf, down_fd, out=out)

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSNorm (arXiv 1910.07467), computed in float32 and returned in the input's dtype.
+
+Shapes: x_...d, weight_d -> same as x. The statistic is a mean of squares over the last
+dim; `eps` is added to it. The product with the weight is taken after the cast back, the
+order the published Qwen checkpoints were trained with.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def rms_norm(x: jax.Array, weight_d: jax.Array, eps: float) -> jax.Array:
+    """y = x / sqrt(mean(x^2) + eps) * w."""
+    dtype = x.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    x = x.astype(wide)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    weight = weight_d.astype(dtype).reshape((1,) * (x.ndim - 1) + weight_d.shape)
+    return (x * scale).astype(dtype) * weight

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Qwen is: one frozen record of sizes and switches, and the published sizes.
+
+Source: config.json of the published checkpoints; sizes of Qwen2 from arXiv 2407.10671
+table 1, Qwen2.5 from arXiv 2412.15115 table 1, Qwen3 from arXiv 2505.09388 table 1.
+`head_width` is the explicit `head_dim` of Qwen3 (128) and width / heads before it.
+
+Units: counts; `rope_theta` is the RoPE base; `norm_eps` is added to a mean square.
+Invariants: num_heads is a multiple of num_kv_heads; window 0 means full attention;
+`windows[i]` is the window of layer i. Vocabulary sizes are the padded table sizes.
+Raises: ValueError from `__post_init__`, config.InputError from `get`.
+"""
+
+import dataclasses
+from typing import Any
+
+from qwen_jax import config
+
+ATTENTION = ("blockwise", "cudnn", "splash")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How positions beyond the trained length are reached.
+
+    kind: "linear" divides positions by `factor`; "yarn" (arXiv 2309.00071) divides the
+    low frequencies only and scales attention. `original_positions` is the length the
+    base model was trained at. `attention_factor` None means 0.1 ln(factor) + 1.
+    """
+
+    kind: str = "linear"
+    factor: float = 1.0
+    original_positions: int = 32768
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "yarn"):
+            raise ValueError(f"rope_scaling kind {self.kind!r}: wanted linear or yarn")
+        if self.factor < 1:
+            raise ValueError(f"rope_scaling factor {self.factor} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One dense Qwen. Every field is a fact about the function, none about a run,
+    except `attention`, which picks an implementation of the same function."""
+
+    family: str = "qwen3"
+    vocab_size: int = 151_936
+    width: int = 1024
+    num_layers: int = 28
+    num_heads: int = 16
+    num_kv_heads: int = 8
+    head_width: int = 128
+    ffn_width: int = 3072
+    qkv_bias: bool = False
+    qk_norm: bool = True
+    tie_embedding: bool = True
+    rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
+    max_positions: int = 40_960
+    window: int = 0
+    full_layers: int = 0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    attention: str = "blockwise"
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of "
+                f"num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_width % 2:
+            raise ValueError(f"head_width={self.head_width} must be even for RoPE")
+        if self.attention not in ATTENTION:
+            raise ValueError(
+                f"attention={self.attention!r}{config.nearest(self.attention, ATTENTION)}"
+            )
+        for name in ("param_dtype", "compute_dtype"):
+            known = ("float32", "bfloat16", "float16", "float64")
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: wanted one of {known}"
+                )
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Sliding window of each layer, 0 for full attention.
+
+        With a window, the first `full_layers` layers still see everything
+        (`max_window_layers` in published configs).
+        """
+        return tuple(
+            0 if i < self.full_layers else self.window for i in range(self.num_layers)
+        )
+
+
+def _qwen2(width, heads, kv_heads, ffn, layers, *, tie, vocab=151_936, **kw) -> Spec:
+    """Qwen2 and Qwen2.5: biases on q, k, v; head width = width / heads."""
+    return Spec(
+        family="qwen2",
+        vocab_size=vocab,
+        width=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_width=width // heads,
+        ffn_width=ffn,
+        num_layers=layers,
+        qkv_bias=True,
+        qk_norm=False,
+        tie_embedding=tie,
+        max_positions=kw.pop("positions", 131_072),
+        eos_ids=(151_643,),
+        **kw,
+    )
+
+
+def _qwen3(width, heads, kv_heads, ffn, layers, *, tie) -> Spec:
+    """Qwen3 dense: norms on q and k heads of width 128, no biases."""
+    return Spec(
+        width=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        ffn_width=ffn,
+        num_layers=layers,
+        tie_embedding=tie,
+        eos_ids=(151_645, 151_643),
+    )
+
+
+NAMED: dict[str, Spec] = {
+    # Qwen2, arXiv 2407.10671 table 1.
+    "qwen2-0.5b": _qwen2(896, 14, 2, 4864, 24, tie=True),
+    "qwen2-1.5b": _qwen2(1536, 12, 2, 8960, 28, tie=True),
+    "qwen2-7b": _qwen2(3584, 28, 4, 18944, 28, tie=False, vocab=152_064),
+    "qwen2-72b": _qwen2(8192, 64, 8, 29568, 80, tie=False, vocab=152_064),
+    # Qwen2.5, arXiv 2412.15115 table 1.
+    "qwen2.5-0.5b": _qwen2(896, 14, 2, 4864, 24, tie=True, positions=32_768),
+    "qwen2.5-1.5b": _qwen2(1536, 12, 2, 8960, 28, tie=True),
+    "qwen2.5-3b": _qwen2(2048, 16, 2, 11008, 36, tie=True, positions=32_768),
+    "qwen2.5-7b": _qwen2(3584, 28, 4, 18944, 28, tie=False, vocab=152_064),
+    "qwen2.5-14b": _qwen2(5120, 40, 8, 13824, 48, tie=False, vocab=152_064),
+    "qwen2.5-32b": _qwen2(5120, 40, 8, 27648, 64, tie=False, vocab=152_064),
+    "qwen2.5-72b": _qwen2(8192, 64, 8, 29568, 80, tie=False, vocab=152_064),
+    # Qwen3 dense, arXiv 2505.09388 table 1.
+    "qwen3-0.6b": _qwen3(1024, 16, 8, 3072, 28, tie=True),
+    "qwen3-1.7b": _qwen3(2048, 16, 8, 6144, 28, tie=True),
+    "qwen3-4b": _qwen3(2560, 32, 8, 9728, 36, tie=True),
+    "qwen3-8b": _qwen3(4096, 32, 8, 12288, 36, tie=False),
+    "qwen3-14b": _qwen3(5120, 40, 8, 17408, 40, tie=False),
+    "qwen3-32b": _qwen3(5120, 64, 8, 25600, 64, tie=False),
+}
+
+
+def get(name: str, **changes: Any) -> Spec:
+    """A published size by name, with fields replaced.
+
+    Raises:
+      config.InputError: unknown name (with the nearest) or field.
+    """
+    if name not in NAMED:
+        raise config.InputError(f"model {name!r}{config.nearest(name, NAMED)}")
+    return config.freeze(Spec, config.thaw(NAMED[name]) | changes, at="model")

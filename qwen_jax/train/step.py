@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step: gradients of one global batch, one update, its metrics.
+
+Source: AdamW/Muon through optax; a step with a non-finite loss or gradient changes
+nothing but the counters (all processes alike, since the test is on global values).
+
+Shapes: each array of `batch` is [micro, rows, t] with rows laid out by `batch`; the
+gradient is accumulated over `micro` in float32, each micro-batch divided by the global
+count of targets, so the result equals that of one large batch.
+Metrics (float32 scalars): loss (nats a token), bits (sum of nll in bits), bytes,
+targets, z_loss, grad_norm, lr is the caller's, skipped (0 or 1), and tokens of padding.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qwen_jax import mesh
+from qwen_jax.models import decoder
+from qwen_jax.models import spec as spec_lib
+from qwen_jax.train import losses
+from qwen_jax.train import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """How a step computes; none of it changes what it computes."""
+
+    z_loss: float = 0.0
+    loop: str = "scan"
+    remat: str = "none"
+
+
+def loss_fn(
+    params: Any,
+    batch: dict[str, jax.Array],
+    count: jax.Array,
+    *,
+    spec: spec_lib.Spec,
+    rules: mesh.Rules,
+    config: StepConfig,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(sum of nll + z_loss * lse^2) / count over one micro-batch, and its parts."""
+    hidden_btd = decoder.hidden(
+        spec,
+        params,
+        batch["tokens_bt"],
+        positions=batch["positions_bt"],
+        segments=batch["segments_bt"],
+        rules=rules,
+        loop=config.loop,
+        remat=config.remat,
+    )
+    total, parts = losses.cross_entropy(
+        hidden_btd,
+        params["embed_vd"] if spec.tie_embedding else params["head_dv"],
+        batch["targets_bt"],
+        batch["mask_bt"],
+        turned=spec.tie_embedding,
+        z_coef=config.z_loss,
+        rules=rules,
+    )
+    return total / count, parts
+
+
+def gradients(
+    params: Any, batch: dict[str, jax.Array], *, spec, rules, config
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradient of the mean loss of a global batch [micro, rows, t], and its sums."""
+    count = jnp.maximum(jnp.sum(batch["mask_bt"]), 1.0)
+    grad_fn = jax.grad(
+        functools.partial(loss_fn, spec=spec, rules=rules, config=config), has_aux=True
+    )
+    micro = batch["mask_bt"].shape[0]
+    if micro == 1:
+        grads, parts = grad_fn(params, jax.tree.map(lambda x: x[0], batch), count)
+        return grads, parts | {"targets": count}
+
+    def body(carry, part):
+        grads, sums = grad_fn(params, part, count)
+        return jax.tree.map(jnp.add, carry, (grads, sums)), None
+
+    zeros = (
+        jax.tree.map(jnp.zeros_like, params),
+        {
+            "nll": jnp.zeros(()),
+            "z": jnp.zeros(()),
+        },
+    )
+    (grads, parts), _ = jax.lax.scan(body, zeros, batch)
+    return grads, parts | {"targets": count}
+
+
+def train_step(
+    state: state_lib.State,
+    batch: dict[str, jax.Array],
+    *,
+    spec: spec_lib.Spec,
+    tx: optax.GradientTransformation,
+    rules: mesh.Rules,
+    config: StepConfig,
+    bytes_v: jax.Array | None = None,
+) -> tuple[state_lib.State, dict[str, jax.Array]]:
+    """One update: whatever changes comes in and goes out."""
+    grads, parts = gradients(state.params, batch, spec=spec, rules=rules, config=config)
+    grad_norm = optax.global_norm(grads)
+    loss = parts["nll"] / parts["targets"]
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    params, opt = update(tx, grads, state)
+    keep = functools.partial(jnp.where, finite)
+    params = jax.tree.map(keep, params, state.params)
+    opt = jax.tree.map(keep, opt, state.opt)
+    skipped = jnp.where(finite, 0, 1)
+    metrics = {
+        "loss": loss,
+        "z_loss": config.z_loss * parts["z"] / parts["targets"],
+        "grad_norm": grad_norm,
+        "targets": parts["targets"],
+        "bits": parts["nll"] / math.log(2),
+        "padding": jnp.sum(batch["segments_bt"] == 0),
+        "skipped": skipped,
+    }
+    if bytes_v is not None:
+        metrics["bytes"] = count_bytes(batch, bytes_v)
+    state = state_lib.State(state.step + 1, params, opt, state.skipped + skipped)
+    return state, metrics
+
+
+def update(tx, grads, state):
+    """(new params, new optimizer state); the optimizer sees Auto axes, because its
+    matrix products (Muon) contract dims that lie on the mesh."""
+
+    def run(grads, opt, params):
+        updates, opt = tx.update(grads, opt, params)
+        return optax.apply_updates(params, updates), opt
+
+    if mesh.active():
+        out = jax.tree.map(
+            lambda x: jax.typeof(x).sharding.spec, (state.params, state.opt)
+        )
+        run = jax.sharding.auto_axes(run, out_sharding=out)
+    return run(grads, state.opt, state.params)
+
+
+def count_bytes(batch: dict[str, jax.Array], bytes_v: jax.Array) -> jax.Array:
+    """UTF-8 bytes of the counted targets (float32 sum, global)."""
+    spec = jax.typeof(batch["targets_bt"]).sharding.spec if mesh.active() else None
+    lengths = bytes_v.at[batch["targets_bt"]].get(out_sharding=spec)
+    return jnp.sum(lengths * batch["mask_bt"])
+
+
+def compile_step(
+    spec: spec_lib.Spec,
+    tx: optax.GradientTransformation,
+    rules: mesh.Rules,
+    config: StepConfig,
+) -> Callable:
+    """`step(state, batch, bytes_v) -> (state, metrics)`, jitted, state donated."""
+    fn = functools.partial(train_step, spec=spec, tx=tx, rules=rules, config=config)
+    return jax.jit(
+        lambda state, batch, bytes_v: fn(state, batch, bytes_v=bytes_v),
+        donate_argnums=0,
+    )

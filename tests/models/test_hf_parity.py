@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models written by transformers: same logits, loss, gradient norms.
+
+The oracle is transformers with torch on the CPU. Its weights are drawn here with fan-in
+scale, norms off one and biases off zero, so that a missing bias, a wrong norm or a wrong
+RoPE layout shows at once (the library's own initialization hides them).
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax import config, models
+from qwen_jax.models import hf
+from qwen_jax.train import losses
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rope_theta": 10_000.0,
+    "attn_implementation": "eager",
+}
+CASES = {
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-mha": ("Qwen3", {"head_dim": 8, "num_key_value_heads": 4}),
+    "qwen3-yarn": ("Qwen3", {"head_dim": 16, "rope_scaling": YARN}),
+    "qwen3-linear": (
+        "Qwen3",
+        {"head_dim": 16, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "qwen3-window": (
+        "Qwen3",
+        {
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-odd-heads": (
+        "Qwen2",
+        {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48},
+    ),
+    "qwen2-yarn": ("Qwen2", {"rope_scaling": YARN}),
+    "qwen2-window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    ),
+}
+T = 40
+
+
+def make_reference(name, tmp_path):
+    """A random model in transformers, saved to a folder; returns the torch model."""
+    kind, changes = CASES[name]
+    settings = COMMON | changes
+    cls = getattr(transformers, f"{kind}Config")
+    made = cls(**settings)
+    torch.manual_seed(sum(map(ord, name)))
+    model = getattr(transformers, f"{kind}ForCausalLM")(made).eval().float()
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if weight.ndim == 1 and "norm" in key:
+                weight.copy_(1 + 0.2 * torch.randn_like(weight))
+            elif weight.ndim == 1:
+                weight.copy_(0.3 * torch.randn_like(weight))
+            elif "embed_tokens" in key and not settings.get("tie_word_embeddings"):
+                weight.copy_(torch.randn_like(weight))
+            else:
+                weight.copy_(torch.randn_like(weight) * weight.shape[1] ** -0.5)
+    model.save_pretrained(tmp_path)
+    return model
+
+
+def tokens(rows, seed=0):
+    return np.random.default_rng(seed).integers(0, 96, (rows, T)).astype(np.int32)
+
+
+def reference_logits(model, ids, attention_mask=None):
+    with torch.no_grad():
+        kwargs = {}
+        if attention_mask is not None:
+            kwargs["attention_mask"] = torch.tensor(attention_mask, dtype=torch.long)
+        return model(torch.tensor(ids, dtype=torch.long), **kwargs).logits.numpy()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    reference = make_reference(request.param, folder)
+    spec, params = models.load(folder, dtype="float32")
+    forward = jax.jit(lambda p, ids, seg: models.forward(spec, p, ids, segments=seg))
+    return request.param, reference, spec, params, folder, forward
+
+
+def test_logits(pair):
+    _, reference, _spec, params, _, forward = pair
+    ids = tokens(4)
+    got = forward(params, ids, np.ones_like(ids))
+    want = reference_logits(reference, ids)
+    assert want.std() > 0.3
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
+def test_padded_rows(pair):
+    """Left and right padding: the real tokens' logits are the row's own, alone."""
+    _, reference, _spec, params, _, forward = pair
+    ids = tokens(4, seed=1)
+    mask = np.ones_like(ids)
+    mask[0, :7] = 0
+    mask[1, -9:] = 0
+    mask[2, :1] = 0
+    got = np.asarray(forward(params, ids, mask))
+    for row in range(4):
+        real = mask[row] > 0
+        want = reference_logits(reference, ids[row : row + 1, real])[0]
+        np.testing.assert_allclose(got[row, real], want, atol=1e-4, rtol=0)
+
+
+def test_packed_rows_equal_separate_rows(pair):
+    _, reference, _spec, params, _, forward = pair
+    ids = tokens(4, seed=2)
+    segments = np.zeros_like(ids)
+    borders = [(0, 13, 1), (13, 14, 2), (14, 37, 3)]
+    for start, stop, number in borders:
+        segments[:, start:stop] = number
+    got = np.asarray(forward(params, ids, segments))
+    for start, stop, _ in borders:
+        want = reference_logits(reference, ids[:, start:stop])
+        np.testing.assert_allclose(got[:, start:stop], want, atol=1e-4, rtol=0)
+
+
+def test_loss_and_gradient_norms(pair):
+    _name, reference, spec, params, _, _ = pair
+    ids = tokens(4, seed=3)
+    reference.zero_grad()
+    out = reference(torch.tensor(ids, dtype=torch.long)).logits[:, :-1]
+    want = torch.nn.functional.cross_entropy(
+        out.reshape(-1, out.shape[-1]),
+        torch.tensor(ids[:, 1:], dtype=torch.long).ravel(),
+    )
+    want.backward()
+
+    def loss(params):
+        from qwen_jax import mesh
+        from qwen_jax.models import decoder
+
+        hidden = decoder.hidden(spec, params, ids, loop="unroll", remat="dots")
+        w = params["embed_vd"] if spec.tie_embedding else params["head_dv"]
+        total, _parts = losses.cross_entropy(
+            hidden[:, :-1],
+            w,
+            jnp.asarray(ids[:, 1:]),
+            jnp.ones(ids[:, 1:].shape),
+            turned=spec.tie_embedding,
+            z_coef=0.0,
+            rules=mesh.Rules(),
+            chunk=16,
+        )
+        return total / ids[:, 1:].size
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    np.testing.assert_allclose(value, want.item(), rtol=1e-5)
+    theirs = {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}
+    flat, _ = jax.tree_util.tree_flatten_with_path(grads)
+    met = 0
+    for path, grad in flat:
+        template, _ = hf.NAMES[".".join(part.key for part in path)]
+        stacked = "{i}" in template
+        for i in range(spec.num_layers if stacked else 1):
+            mine = np.linalg.norm(np.asarray(grad[i] if stacked else grad))
+            other = theirs[template.format(i=i)].norm().item()
+            # A key's bias shifts all scores of a query alike: its gradient is zero
+            # but for rounding, so only the scale of the noise can be compared.
+            np.testing.assert_allclose(
+                mine, other, rtol=1e-4, atol=2e-6, err_msg=template
+            )
+            met += 1
+    assert met == len(theirs)
+
+
+def test_round_trip_through_transformers(pair, tmp_path):
+    _name, reference, spec, params, _folder, _ = pair
+    models.save(spec, params, tmp_path, shard_bytes=60_000)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    ours, theirs = back.state_dict(), reference.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        assert torch.equal(ours[key], theirs[key]), key
+    ids = tokens(2, seed=4)
+    want = reference_logits(reference, ids)
+    np.testing.assert_array_equal(reference_logits(back, ids), want)
+    again, params_again = models.load(tmp_path, dtype="float32")
+    assert again == spec
+    jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+def test_a_wrong_folder_is_named(tmp_path):
+    with pytest.raises(config.InputError, match="does not exist"):
+        models.load(tmp_path / "absent")
+    with pytest.raises(config.InputError, match="has no config.json"):
+        models.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwenn3"}))
+    with pytest.raises(config.InputError, match="did you mean 'qwen3'"):
+        models.load(tmp_path)
+
+
+def test_wrong_tensors_are_named(tmp_path):
+    make_reference("qwen3", tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for key, value, words in [
+        ("num_hidden_layers", 4, "no tensor 'model.layers.3"),
+        ("num_hidden_layers", 2, "belong to no weight"),
+        ("intermediate_size", 48, "does not fit"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
+        with pytest.raises(config.InputError, match=words):
+            models.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    weights = next(tmp_path.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(config.InputError, match="cannot be read"):
+        models.load(tmp_path)
