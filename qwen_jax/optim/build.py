@@ -109,9 +109,7 @@ def build(
         )
     else:
         rule = adam
-    parts = [rule]
-    if optim.clip_norm > 0:
-        parts.insert(0, optax.clip_by_global_norm(optim.clip_norm))
+    parts = [_clip(optim.clip_norm or float("inf")), rule]
     if optim.weight_decay > 0:
         parts.append(
             optax.add_decayed_weights(
@@ -150,6 +148,24 @@ def label_tree(params: Any) -> Any:
         return "matrix" if len(own) == 2 else "vector"
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _clip(max_norm: float) -> optax.GradientTransformation:
+    """Gradients times min(1, max_norm / norm), norm as `optax.tree.norm` gives it.
+
+    optax's own divides each gradient; XLA on CPU does not repeat a division in the two
+    places that read the result, and writes all clipped gradients out instead: measured
+    on 29M weights, 117 MB more and an update of 120 ms against 45 ms. The same happens
+    to the squares that a logged norm shares with Adam, so the scale stands there (with
+    max_norm infinite: one) even where nothing is clipped.
+    """
+
+    def update(grads, state, params=None):
+        del params
+        scale = jnp.minimum(1.0, max_norm / optax.tree.norm(grads))
+        return jax.tree.map(lambda g: g * scale, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _map_labels(labels: Any, tree: Any, fn: Callable[[str], Any]) -> Any:
