@@ -53,20 +53,20 @@ if ((processes == 1)); then
     exec "${command[@]}"
 fi
 
-# Prints the variables that make a process number $1 of the group.
+# Prints the flags that make a process number $1 of the group.
 membership() {
-    echo "JAX_COORDINATOR_ADDRESS=127.0.0.1:${port:-PORT}"
-    echo "JAX_NUM_PROCESSES=$processes"
-    echo "JAX_PROCESS_ID=$1"
-    if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-        echo "JAX_LOCAL_DEVICE_IDS=$1"
-    fi
+    echo "--coordinator=127.0.0.1:${port:-PORT} --num_processes=$processes --process_id=$1"
 }
+one_gpu_each=""
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    one_gpu_each=yes
+fi
 
 if [[ -n "$dry_run" ]]; then
     for ((i = 0; i < processes; i++)); do
-        membership "$i" | tr '\n' ' '
+        [[ -z "$one_gpu_each" ]] || printf 'JAX_LOCAL_DEVICE_IDS=%s ' "$i"
         printf '%q ' "${command[@]}"
+        printf '%s ' "$(membership "$i")"
         ((i == 0)) || printf '>>%q 2>&1 ' "$log_dir/process-$i.log"
         echo '&'
     done
@@ -82,12 +82,12 @@ fi
 mkdir -p "$log_dir"
 pids=()
 for ((i = 0; i < processes; i++)); do
-    variables=()
-    while read -r variable; do variables+=("$variable"); done < <(membership "$i")
+    read -r -a flags < <(membership "$i")
+    [[ -z "$one_gpu_each" ]] || export JAX_LOCAL_DEVICE_IDS="$i"
     if ((i == 0)); then
-        env "${variables[@]}" "${command[@]}" &
+        "${command[@]}" "${flags[@]}" &
     else
-        env "${variables[@]}" "${command[@]}" >>"$log_dir/process-$i.log" 2>&1 &
+        "${command[@]}" "${flags[@]}" >>"$log_dir/process-$i.log" 2>&1 &
     fi
     pids+=($!)
 done
