@@ -37,6 +37,7 @@ class Catalog:
         self._folder = folder
         self._tags, self._say, self._timeout_s = tags, say, timeout_s
         self._verified: set[int] = set()
+        self._said: set[int] = set()
 
     def open(self, *, read_only: bool) -> None:
         """Clear leftovers (unless read-only) and list the steps (collective)."""
@@ -125,7 +126,9 @@ class Catalog:
         self.damaged[step] = wrong
         if asked is not None:
             raise config.InputError(self._damaged_text(step, wrong))
-        self._say(f"warning: {self._damaged_text(step, wrong)}")
+        if step not in self._said:
+            self._said.add(step)
+            self._say(f"warning: {self._damaged_text(step, wrong)}")
 
     def load_meta(self, step: int) -> dict[str, Any]:
         """meta.json, with the processes' own facts as "local"."""

@@ -191,7 +191,7 @@ class Manager:
                 compress=self._compress,
             )
         except Exception as error:  # noqa: BLE001 - all learn it; check() raises it
-            failed = saving.reason(self.folder, error)
+            failed = job.reason(error)
         blocked_s = time.monotonic() - started_s
         self._thread = threading.Thread(
             target=self._finish,

@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 NAME = "manifest.json"
@@ -140,7 +140,9 @@ def _content_digest(content: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+def _parallel(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """[function(item)] over a few threads: hashing and reading release the GIL."""
+    if len(items) < 2:
+        return [function(item) for item in items]
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, items))

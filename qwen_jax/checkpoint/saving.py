@@ -18,6 +18,7 @@ import dataclasses
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Callable
 
 import jax
@@ -26,6 +27,7 @@ from qwen_jax import config
 from qwen_jax.checkpoint import agree, arrays, manifest, steps
 
 _MARGIN_BYTES = 4 << 20  # metadata files and block rounding, for the free-space check
+_CLEAR_PAUSES_S = (0.0, 0.05, 0.1, 0.2, 0.5)
 
 
 class SaveError(RuntimeError):
@@ -54,6 +56,20 @@ class Job:
     def temporary(self) -> pathlib.Path:
         return steps.temporary(self.folder, self.step)
 
+    def reason(self, error: BaseException) -> str:
+        """An exception as one line; for a full disk, with the bytes and the fix."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        if re.search(r"No space left|quota exceeded", text):
+            try:
+                free = f"{shutil.disk_usage(self.folder).free:,}"
+            except OSError:
+                free = "unknown"
+            text = (
+                f"disk full ({self.num_bytes:,} bytes needed, {free} free now in "
+                f"{self.folder}); free some space; {text}"
+            )
+        return text[:1000]
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
@@ -70,21 +86,27 @@ def begin(job: Job) -> None:
     if jax.process_index() == 0:
         try:
             job.guard()
-            needed = job.num_bytes + _MARGIN_BYTES
-            free = shutil.disk_usage(job.folder).free
-            if free < needed:
-                wrong = (
-                    f"it needs {needed:,} bytes and {free:,} are free in {job.folder}; "
-                    "free some space or lower checkpoint.keep"
-                )
-            else:
-                steps.remove_tree(job.temporary)
+            steps.clear_temporary(job.folder)
+            wrong = _no_room(job)
+            if not wrong:
                 (job.temporary / "arrays").mkdir(parents=True)
         except (OSError, config.InputError) as error:
-            wrong = reason(job.folder, error)
+            wrong = job.reason(error)
     wrong = agree.from_primary(f"{job.tag}/begin", wrong, job.timeout_s)
     if wrong:
         raise SaveError(job.step, wrong)
+
+
+def _no_room(job: Job) -> str:
+    """Why the save cannot fit on the disk, or ""."""
+    needed = job.num_bytes + _MARGIN_BYTES
+    free = shutil.disk_usage(job.folder).free
+    if free >= needed:
+        return ""
+    return (
+        f"it needs {needed:,} bytes and {free:,} are free in {job.folder}; free some "
+        "space or lower checkpoint.keep"
+    )
 
 
 def finish(
@@ -108,20 +130,25 @@ def finish(
         outcome = agree.from_primary(f"{job.tag}/verdict", outcome, job.timeout_s)
         return Verdict(*outcome)
     except Exception as error:  # noqa: BLE001 - becomes the SaveError of check()
-        return Verdict(reason(job.folder, error), 0, [])
+        _clear(job)
+        return Verdict(job.reason(error), 0, [])
 
 
 def _write_own(job: Job, futures: list) -> str:
     """Wait for this process's arrays, write its local facts; what failed or ""."""
-    try:
-        for future in futures:
+    wrong = ""
+    for future in futures:  # all of them: none may write into a folder cleared away
+        try:
             future.result(timeout=job.timeout_s)
-        if job.local_text:
+        except Exception as error:  # noqa: BLE001 - voted: all give the step up
+            wrong = wrong or job.reason(error)
+    try:
+        if job.local_text and not wrong:
             name = f"local.{jax.process_index()}.json"
             (job.temporary / name).write_text(job.local_text, encoding="utf-8")
-    except Exception as error:  # noqa: BLE001 - voted: all give the step up
-        return reason(job.folder, error)
-    return ""
+    except OSError as error:
+        wrong = job.reason(error)
+    return wrong
 
 
 def _commit(job: Job, wrong: str, retain: Callable[[], list[int]]) -> list:
@@ -135,22 +162,23 @@ def _commit(job: Job, wrong: str, retain: Callable[[], list[int]]) -> list:
             job.guard()
             steps.commit(job.folder, job.step)
         except Exception as error:  # noqa: BLE001 - part of the verdict
-            wrong = reason(job.folder, error)
+            wrong = job.reason(error)
     if wrong:
-        # What cannot be removed now is cleared at the next start.
-        shutil.rmtree(job.temporary, ignore_errors=True)
+        _clear(job)
     else:
         gone = retain()
     return [wrong, num_bytes, gone]
 
 
-def reason(folder: pathlib.Path, error: BaseException) -> str:
-    """An exception as one line; for a full disk, with the free bytes and the fix."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if re.search(r"No space left|quota exceeded|Errno 28|RESOURCE_EXHAUSTED", text):
-        try:
-            free = f"{shutil.disk_usage(folder).free:,} bytes free"
-        except OSError:
-            free = "free space unknown"
-        text = f"disk full ({free} in {folder}); free some space; {text}"
-    return text[:1000]
+def _clear(job: Job) -> None:
+    """Free a failed save's space (process 0), so that a full disk is not kept full.
+
+    When one of Orbax's writes fails, its others may still be running and make their
+    files anew; so look again for a while. What is left after that, the next save or
+    the next start clears.
+    """
+    if jax.process_index() != 0:
+        return
+    for pause_s in _CLEAR_PAUSES_S:
+        time.sleep(pause_s)
+        shutil.rmtree(job.temporary, ignore_errors=True)

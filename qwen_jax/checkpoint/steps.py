@@ -92,6 +92,14 @@ def recover(folder: pathlib.Path) -> list[str]:
     return cleared
 
 
+def clear_temporary(folder: pathlib.Path) -> None:
+    """Remove what failed saves of this run left (no save may be under way)."""
+    for entry in os.listdir(folder):
+        kind, _, number = entry.partition(".")
+        if kind == "tmp" and number.isdigit():
+            remove_tree(folder / entry)
+
+
 def remove_tree(folder: pathlib.Path) -> None:
     """Delete a folder with all it holds; one that is not there is fine."""
     if folder.exists():
