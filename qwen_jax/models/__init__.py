@@ -15,7 +15,7 @@ import jax
 from qwen_jax import mesh as mesh_lib
 from qwen_jax import params as params_lib
 from qwen_jax import rng
-from qwen_jax.models import decoder, hf
+from qwen_jax.models import decoder
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.models.decoder import forward
 from qwen_jax.models.hf import load, save

@@ -8,8 +8,8 @@ Shapes: x_btd -> y_btd. Weights q_ldnk, k_ldhk, v_ldhk, o_lnkd, biases q_bias_ln
 k_bias_lhk, v_bias_lhk, norms q_norm_lk, k_norm_lk, stacked by layer.
 Invariants: packed rows equal separate rows on every backend. A backend that cannot keep
 that for the batch at hand is refused by `check_backend`, never used with less.
-Backends: "blockwise" runs everywhere and is always right; "cudnn" (GPU, bf16 or f16, one
-segment a row) and "splash" (TPU, segments, head width a multiple of 64) are opt-in.
+Backends: "blockwise" runs everywhere and is always right; "cudnn" (GPU, bf16 or f16,
+one segment a row) and "splash" (TPU, segments, head width a multiple of 64) are opt-in.
 Raises: config.InputError from `check_backend`.
 """
 
@@ -28,7 +28,7 @@ from qwen_jax.params import Param, normal, ones, zeros
 
 def attention_params(spec: spec_lib.Spec) -> dict[str, Param]:
     """Stacked weights of the attention blocks."""
-    l, d, n, h, k = (
+    layers, d, n, h, k = (
         spec.num_layers,
         spec.width,
         spec.num_heads,
@@ -37,21 +37,21 @@ def attention_params(spec: spec_lib.Spec) -> dict[str, Param]:
     )
     init = normal(spec.init_std)
     tree = {
-        "q_ldnk": Param((l, d, n, k), ("layers", "embed", "heads", None), init),
-        "k_ldhk": Param((l, d, h, k), ("layers", "embed", "kv_heads", None), init),
-        "v_ldhk": Param((l, d, h, k), ("layers", "embed", "kv_heads", None), init),
-        "o_lnkd": Param((l, n, k, d), ("layers", "heads", None, "embed"), init),
+        "q_ldnk": Param((layers, d, n, k), ("layers", "embed", "heads", None), init),
+        "k_ldhk": Param((layers, d, h, k), ("layers", "embed", "kv_heads", None), init),
+        "v_ldhk": Param((layers, d, h, k), ("layers", "embed", "kv_heads", None), init),
+        "o_lnkd": Param((layers, n, k, d), ("layers", "heads", None, "embed"), init),
     }
     if spec.qkv_bias:
         tree |= {
-            "q_bias_lnk": Param((l, n, k), ("layers", "heads", None), zeros),
-            "k_bias_lhk": Param((l, h, k), ("layers", "kv_heads", None), zeros),
-            "v_bias_lhk": Param((l, h, k), ("layers", "kv_heads", None), zeros),
+            "q_bias_lnk": Param((layers, n, k), ("layers", "heads", None), zeros),
+            "k_bias_lhk": Param((layers, h, k), ("layers", "kv_heads", None), zeros),
+            "v_bias_lhk": Param((layers, h, k), ("layers", "kv_heads", None), zeros),
         }
     if spec.qk_norm:
         tree |= {
-            "q_norm_lk": Param((l, k), ("layers", None), ones),
-            "k_norm_lk": Param((l, k), ("layers", None), ones),
+            "q_norm_lk": Param((layers, k), ("layers", None), ones),
+            "k_norm_lk": Param((layers, k), ("layers", None), ones),
         }
     return tree
 

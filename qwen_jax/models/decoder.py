@@ -5,13 +5,14 @@ x = embed(tokens); for each layer: x += attention(norm(x)); x += mlp(norm(x)); t
 final norm and the head (the embedding again when tied).
 
 Shapes: tokens_bt int32 -> hidden_btd -> logits_btv float32. Parameters are a dict:
-`embed_vd`, `layers` (every leaf stacked, layer dim first), `norm_d`, and `head_dv` when
-untied.
+`embed_vd`, `layers` (every leaf stacked, layer dim first), `norm_d`, and `head_vd` when
+untied (rows are words, as in the embedding: with columns for words the product runs at
+half the rate on a CPU, each stride of a power of two landing in the same cache set).
 Invariants: weights are always stored stacked. `loop="scan"` (one compiled layer) or
 "unroll" (all of them; faster on a CPU) is a choice of the run and gives the same
 numbers; `unstacked` gives a list of layers for decoding, where slices would be copied.
-Layers with different windows run as consecutive stretches of the same loop.
-`remat` says which activations of a layer stay for the backward pass: "none" leaves it to
+Layers with different windows run as consecutive stretches of the same loop. `remat`
+says which activations of a layer stay for the backward pass: "none" leaves it to
 autodiff, "full" keeps only the layer's input, "dots" keeps the outputs of the matrix
 products, and a comma-separated list keeps those names (see `SAVED`).
 Raises: config.InputError for a bad `remat`, ValueError for shapes.
@@ -37,20 +38,20 @@ SAVED = ("q", "k", "v", "attention", "attention_lse", "mlp_gate", "mlp_up")
 
 def decoder_params(spec: spec_lib.Spec) -> dict[str, Any]:
     """The declaration tree of the whole model."""
-    l, d, v = spec.num_layers, spec.width, spec.vocab_size
+    layers, d, v = spec.num_layers, spec.width, spec.vocab_size
     init = normal(spec.init_std)
     tree = {
         "embed_vd": Param((v, d), ("vocab", "embed"), init),
         "layers": {
-            "attention_norm_ld": Param((l, d), ("layers", None), ones),
+            "attention_norm_ld": Param((layers, d), ("layers", None), ones),
             "attention": attn.attention_params(spec),
-            "mlp_norm_ld": Param((l, d), ("layers", None), ones),
+            "mlp_norm_ld": Param((layers, d), ("layers", None), ones),
             "mlp": mlp_lib.mlp_params(spec),
         },
         "norm_d": Param((d,), (None,), ones),
     }
     if not spec.tie_embedding:
-        tree["head_dv"] = Param((d, v), ("embed", "vocab"), init)
+        tree["head_vd"] = Param((v, d), ("vocab", "embed"), init)
     return tree
 
 
@@ -178,9 +179,9 @@ def hidden(
     return norm.rms_norm(x_btd, params["norm_d"], spec.norm_eps)
 
 
-def head_dv(spec: spec_lib.Spec, params: dict[str, Any]) -> jax.Array:
-    """The output matrix [d, v]: its own weight, or the embedding turned."""
-    return params["embed_vd"].T if spec.tie_embedding else params["head_dv"]
+def head_vd(spec: spec_lib.Spec, params: dict[str, Any]) -> jax.Array:
+    """The output matrix [v, d]: its own weight, or the embedding."""
+    return params["embed_vd"] if spec.tie_embedding else params["head_vd"]
 
 
 def logits(
@@ -191,12 +192,12 @@ def logits(
 ) -> jax.Array:
     """float32 logits [b, t, v] (training never calls this: see train/losses.py)."""
     rules = rules or mesh.Rules()
-    w_dv = head_dv(spec, params).astype(hidden_btd.dtype)
-    w_dv = mesh.reshard(w_dv, rules.gathered("embed", "vocab"))
+    w_vd = head_vd(spec, params).astype(hidden_btd.dtype)
+    w_vd = mesh.reshard(w_vd, rules.gathered("vocab", "embed"))
     return mesh.einsum(
-        "btd,dv->btv",
+        "btd,vd->btv",
         hidden_btd,
-        w_dv,
+        w_vd,
         out=rules.pspec("batch", None, "vocab"),
         preferred_element_type=jnp.promote_types(hidden_btd.dtype, jnp.float32),
     )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts from a spec: parameters, FLOPs, KV bytes, activation bytes.
 
-Source: every matrix product costs 2 FLOPs a weight and token; attention over a prefix of
-average length s costs 4 * n * k * s a layer and token (scores and weighted values).
-The backward pass costs twice the forward. Norms, RoPE, softmax are left out (below 1 %).
-The embedding lookup is no product; the head is, tied or not.
+Source: every matrix product costs 2 FLOPs a weight and token; attention over a prefix
+of average length s costs 4 * n * k * s a layer and token (scores and weighted values).
+The backward pass costs twice the forward. Norms, RoPE, softmax are left out (below 1
+%). The embedding lookup is no product; the head is, tied or not.
 
 Units: FLOPs, bytes; `causal=True` counts only what a causal mask leaves, (t + 1) / 2
 keys on average; False counts t, the convention of published MFU figures.

@@ -34,7 +34,7 @@ _MLP = "model.layers.{i}.mlp."
 NAMES: dict[str, tuple[str, str]] = {
     "embed_vd": ("model.embed_tokens.weight", "v d -> v d"),
     "norm_d": ("model.norm.weight", "d -> d"),
-    "head_dv": ("lm_head.weight", "v d -> d v"),
+    "head_vd": ("lm_head.weight", "v d -> v d"),
     "layers.attention_norm_ld": ("model.layers.{i}.input_layernorm.weight", "d -> d"),
     "layers.mlp_norm_ld": (
         "model.layers.{i}.post_attention_layernorm.weight",
@@ -241,10 +241,11 @@ class _Tensors:
                     f"{path} cannot be read as safetensors: {error}"
                 ) from error
             self._open[path] = handle
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
+            for name in handle.keys():
                 if name in self._where:
                     raise config.InputError(
-                        f"tensor {name!r} is in {self._where[name].name} and {path.name}"
+                        f"tensor {name!r} is in {self._where[name].name} and in "
+                        f"{path.name}"
                     )
                 self._where[name] = path
         self.left = set(self._where)

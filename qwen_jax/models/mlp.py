@@ -15,12 +15,12 @@ from qwen_jax.params import Param, normal
 
 def mlp_params(spec: spec_lib.Spec) -> dict[str, Param]:
     """Stacked weights of the feed-forward blocks."""
-    l, d, f = spec.num_layers, spec.width, spec.ffn_width
+    layers, d, f = spec.num_layers, spec.width, spec.ffn_width
     init = normal(spec.init_std)
     return {
-        "gate_ldf": Param((l, d, f), ("layers", "embed", "ffn"), init),
-        "up_ldf": Param((l, d, f), ("layers", "embed", "ffn"), init),
-        "down_lfd": Param((l, f, d), ("layers", "ffn", "embed"), init),
+        "gate_ldf": Param((layers, d, f), ("layers", "embed", "ffn"), init),
+        "up_ldf": Param((layers, d, f), ("layers", "embed", "ffn"), init),
+        "down_lfd": Param((layers, f, d), ("layers", "ffn", "embed"), init),
     }
 
 

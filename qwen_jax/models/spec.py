@@ -85,7 +85,8 @@ class Spec:
             raise ValueError(f"head_width={self.head_width} must be even for RoPE")
         if self.attention not in ATTENTION:
             raise ValueError(
-                f"attention={self.attention!r}{config.nearest(self.attention, ATTENTION)}"
+                f"attention={self.attention!r}"
+                f"{config.nearest(self.attention, ATTENTION)}"
             )
         for name in ("param_dtype", "compute_dtype"):
             known = ("float32", "bfloat16", "float16", "float64")

@@ -31,6 +31,7 @@ from qwen_jax.optim import muon, schedules
 
 NAMES = ("adamw", "muon")
 STACKED = "le"  # dims that stack matrices: layers, experts
+HEADS = ("nk", "hk")  # heads and their width: two dims that are one side of a matrix
 LABELS = ("matrix", "vector", "embedding")
 
 
@@ -100,7 +101,9 @@ def build(
     decayed = {"matrix": True, "vector": False, "embedding": optim.decay_embedding}
     adam = optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
     if optim.name == "muon":
-        matrix = muon.scale_by_muon(optim.muon_beta, optim.muon_iters, optim.muon_rms)
+        matrix = muon.scale_by_muon(
+            optim.muon_beta, optim.muon_iters, optim.muon_rms, split=matrix_split
+        )
         rule = optax.partition(
             {"matrix": matrix, "other": adam},
             lambda tree: _map_labels(
@@ -123,14 +126,13 @@ def build(
 def label_tree(params: Any) -> Any:
     """A label for every weight, read from its name.
 
-    Names end in one letter per dim (`q_ldn`, `norm_d`, `embed_vd`): a `v` makes an
-    embedding; otherwise two dims that are not stacked (l, e) make a matrix, fewer make
-    a vector.
+    Names end in one letter per dim (`q_ldnk`, `norm_d`, `embed_vd`): a `v` makes an
+    embedding; otherwise two sides that are not stacked (l, e) make a matrix, fewer make
+    a vector. Heads and their width (`nk`, `hk`) are one side.
     """
 
     def one(path, leaf) -> str:
-        name = str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1])))
-        dims = name.rpartition("_")[2]
+        name, dims = _named_dims(path)
         where = jax.tree_util.keystr(path)
         if len(dims) != len(leaf.shape) or "_" not in name:
             raise config.InputError(
@@ -139,7 +141,7 @@ def label_tree(params: Any) -> Any:
             )
         if "v" in dims:
             return "embedding"
-        own = dims.lstrip(STACKED)
+        own = _sides(dims)
         if len(own) > 2:
             raise config.InputError(
                 f"{where}: {own!r} is more than a matrix; fold it to two dims, or pass "
@@ -148,6 +150,29 @@ def label_tree(params: Any) -> Any:
         return "matrix" if len(own) == 2 else "vector"
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _named_dims(path: Any) -> tuple[str, str]:
+    """A leaf's own name and the letters it ends in."""
+    name = str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1])))
+    return name, name.rpartition("_")[2]
+
+
+def _sides(dims: str) -> list[str]:
+    """ "ldnk" -> ["d", "nk"]: the sides of one matrix, without what stacks matrices."""
+    own, sides = dims.lstrip(STACKED), []
+    while own:
+        size = 2 if own[:2] in HEADS else 1
+        sides.append(own[:size])
+        own = own[size:]
+    return sides
+
+
+def matrix_split(path: Any, leaf: Any) -> tuple[int, int]:
+    """(stacked dims, dims of the rows) of a weight labelled "matrix"."""
+    dims = _named_dims(path)[1]
+    sides = _sides(dims) if len(dims) == leaf.ndim else ["m", "n"]
+    return leaf.ndim - sum(map(len, sides)), len(sides[0])
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:

@@ -17,13 +17,15 @@ where the weight lies; for the iteration layers are dealt to devices with one al
 and come back with another, so nothing is communicated inside the loop.
 
 Shapes: leaves [..., m, n], everything before the last two dims is stacked (layers,
-experts): each [m, n] is a matrix of its own.
+experts): each [m, n] is a matrix of its own. `split` tells where a side of the matrix is
+several dims (heads and their width).
 Invariants: float32; one state array per weight (AdamW has two).
 Raises: config.InputError for a leaf without two dims.
 """
 
 import math
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +61,17 @@ def orthogonalize(x_bmn: jax.Array, num_iters: int = 5) -> jax.Array:
 
 
 def scale_by_muon(
-    beta: float = 0.95, num_iters: int = 5, rms: float = 0.2
+    beta: float = 0.95,
+    num_iters: int = 5,
+    rms: float = 0.2,
+    split: Callable[[typing.Any, jax.Array], tuple[int, int]] | None = None,
 ) -> optax.GradientTransformation:
-    """Gradients -> orthogonalised momentum with root mean square near `rms`."""
+    """Gradients -> orthogonalised momentum with root mean square near `rms`.
+
+    `split(path, leaf)` gives (stacked dims, dims of the rows); by default all but the
+    last two, and one.
+    """
+    split = split or (lambda path, leaf: (leaf.ndim - 2, 1))
 
     def init(params):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -80,9 +90,12 @@ def scale_by_muon(
         momentum = jax.tree.map(
             lambda m, g: beta * m + (1 - beta) * g, state.momentum, grads
         )
-        updates = jax.tree.map(
-            lambda m, g: _one(
-                (beta / ahead) * m + ((1 - beta) / now) * g, num_iters, rms
+        updates = jax.tree_util.tree_map_with_path(
+            lambda path, m, g: _one(
+                (beta / ahead) * m + ((1 - beta) / now) * g,
+                num_iters,
+                rms,
+                split(path, m),
             ),
             momentum,
             grads,
@@ -92,23 +105,26 @@ def scale_by_muon(
     return optax.GradientTransformation(init, update)
 
 
-def _one(x: jax.Array, num_iters: int, rms: float) -> jax.Array:
+def _one(x: jax.Array, num_iters: int, rms: float, split: tuple[int, int]) -> jax.Array:
     """One leaf: deal whole matrices to devices, orthogonalise, lay out as before."""
-    stacked, (rows, columns) = x.shape[:-2], x.shape[-2:]
+    stacked, rows = split
     home = jax.typeof(x).sharding.spec if mesh.active() else None
-    x = mesh.reshard(x, dealt(x.shape))
-    x_bmn = orthogonalize(_fold(x, math.prod(stacked)), num_iters)
-    scaled = (rms * math.sqrt(max(rows, columns))) * x_bmn
-    whole = _unfold(scaled, x.shape)
+    x = mesh.reshard(x, dealt(x.shape, stacked))
+    sides = x.shape[stacked : stacked + rows], x.shape[stacked + rows :]
+    m, n = map(math.prod, sides)
+    # Only the first stacked dim is split between devices, so the others fold freely.
+    x_bmn = orthogonalize(x.reshape(math.prod(x.shape[:stacked]), m, n), num_iters)
+    whole = ((rms * math.sqrt(max(m, n))) * x_bmn).reshape(x.shape)
     return whole if home is None else mesh.reshard(whole, home)
 
 
-def dealt(shape: tuple[int, ...]) -> P:
+def dealt(shape: tuple[int, ...], stacked: int | None = None) -> P:
     """Whole matrices, their first stacked dim dealt to as many devices as divide it.
 
     What no axis divides is computed by every device of that axis alike.
     """
-    if len(shape) < 3 or not mesh.active():
+    stacked = len(shape) - 2 if stacked is None else stacked
+    if stacked < 1 or not mesh.active():
         return P(*(None,) * len(shape))
     axes, left = [], shape[0]
     for name, size in jax.sharding.get_abstract_mesh().shape.items():
@@ -116,12 +132,3 @@ def dealt(shape: tuple[int, ...]) -> P:
             axes.append(name)
             left //= size
     return P(tuple(axes) or None, *(None,) * (len(shape) - 1))
-
-
-def _fold(x: jax.Array, num_matrices: int) -> jax.Array:
-    """[l, e, m, n] -> [l * e, m, n]; the split of the first dim stays as it is."""
-    return x.reshape(num_matrices, *x.shape[-2:]) if x.ndim != 3 else x
-
-
-def _unfold(x_bmn: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return x_bmn.reshape(shape) if len(shape) != 3 else x_bmn

@@ -10,7 +10,7 @@ the four of recomputation. Runs inside shard_map: rows by `batch`, vocabulary by
 (log-sum-exp reduced over its axis), the gradient of the output matrix is accumulated on
 each device and reduced once, not once a chunk.
 
-Shapes: hidden_btd in the compute dtype, w [d, v] or, turned, [v, d]; targets_bt int32,
+Shapes: hidden_btd in the compute dtype, w_vd the output matrix; targets_bt int32,
 mask_bt float32. Sums are float32 and global. Chunk memory is `CHUNK_BYTES` of logits.
 `reference` is the plain twin with the logits in the open.
 Raises: ValueError when a chunk would be below one token.
@@ -28,10 +28,10 @@ from qwen_jax import mesh
 CHUNK_BYTES = 32 << 20
 
 
-def reference(hidden_btd, w_dv, targets_bt, mask_bt):
+def reference(hidden_btd, w_vd, targets_bt, mask_bt):
     """Plain twin: (sum of cross-entropies, sum of lse^2) over whole logits."""
     wide = jnp.promote_types(hidden_btd.dtype, jnp.float32)
-    logits = jnp.einsum("btd,dv->btv", hidden_btd, w_dv).astype(wide)
+    logits = jnp.einsum("btd,vd->btv", hidden_btd, w_vd).astype(wide)
     lse = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets_bt[..., None], axis=-1)[..., 0]
     return jnp.sum(mask_bt * (lse - picked)), jnp.sum(mask_bt * lse**2)
@@ -39,11 +39,10 @@ def reference(hidden_btd, w_dv, targets_bt, mask_bt):
 
 def cross_entropy(
     hidden_btd: jax.Array,
-    w: jax.Array,
+    w_vd: jax.Array,
     targets_bt: jax.Array,
     mask_bt: jax.Array,
     *,
-    turned: bool,
     z_coef: float,
     rules: mesh.Rules,
     chunk: int | None = None,
@@ -52,31 +51,28 @@ def cross_entropy(
 
     Args:
       hidden_btd: final hidden states.
-      w: output matrix, [d, v], or the embedding table [v, d] when `turned`.
+      w_vd: output matrix (the embedding table when tied).
       targets_bt: next tokens.
       mask_bt: weight of each target.
-      turned: whether `w` is [v, d].
       z_coef: weight of the z-loss.
       rules: where the dims lie.
       chunk: tokens of each row in a chunk; None fits CHUNK_BYTES.
     Returns:
       (total to differentiate, dict with `nll` and `z` sums), float32 scalars.
     """
-    v_dim = 0 if turned else 1
     ways = mesh.axis_size(rules.vocab)
     rows = hidden_btd.shape[0] // mesh.axis_size(rules.batch)
-    chunk = chunk or _chunk(rows, hidden_btd.shape[1], w.shape[v_dim] // ways)
-    dims = ("vocab", "embed") if turned else ("embed", "vocab")
+    chunk = chunk or _chunk(rows, hidden_btd.shape[1], w_vd.shape[0] // ways)
     batch_axes, embed_axes = _names(rules.batch), _names(rules.embed)
     vocab_axes = _names(rules.vocab) if mesh.active() else ()
 
     def local(x, w, targets, mask):
         if mesh.axis_size(rules.embed) > 1:
-            w = jax.lax.all_gather(w, embed_axes, axis=1 - v_dim, tiled=True)
+            w = jax.lax.all_gather(w, embed_axes, axis=1, tiled=True)
         if mesh.active():
             w = mesh.vary(w, batch_axes)
         w = w.astype(x.dtype)
-        total, nll, z = _chunked(x, w, targets, mask, turned, z_coef, chunk, vocab_axes)
+        total, nll, z = _chunked(x, w, targets, mask, z_coef, chunk, vocab_axes)
         sums = jnp.stack([total, nll, z])
         return jax.lax.psum(sums, batch_axes) if mesh.active() else sums
 
@@ -84,13 +80,13 @@ def cross_entropy(
         local,
         inputs=(
             rules.pspec("batch", None, None),
-            rules.pspec(*dims),
+            rules.pspec("vocab", "embed"),
             rules.pspec("batch", None),
             rules.pspec("batch", None),
         ),
         out=jax.P(),
     )
-    sums = run(hidden_btd, w, targets_bt, mask_bt)
+    sums = run(hidden_btd, w_vd, targets_bt, mask_bt)
     return sums[0], {"nll": sums[1], "z": sums[2]}
 
 
@@ -104,20 +100,18 @@ def _chunk(rows: int, t: int, v: int) -> int:
     return max(1, min(t, 1 << int(math.log2(max(fit, 1)))))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _chunked(x, w, targets, mask, turned, z_coef, chunk, vocab_axes):
-    sums, _ = _run(x, w, targets, mask, turned, z_coef, chunk, vocab_axes, grad=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _chunked(x, w, targets, mask, z_coef, chunk, vocab_axes):
+    sums, _ = _run(x, w, targets, mask, z_coef, chunk, vocab_axes, grad=False)
     return sums
 
 
-def _chunked_fwd(x, w, targets, mask, turned, z_coef, chunk, vocab_axes):
-    sums, grads = _run(
-        x, w, targets, mask, turned, z_coef, chunk, vocab_axes, grad=True
-    )
+def _chunked_fwd(x, w, targets, mask, z_coef, chunk, vocab_axes):
+    sums, grads = _run(x, w, targets, mask, z_coef, chunk, vocab_axes, grad=True)
     return sums, grads
 
 
-def _chunked_bwd(turned, z_coef, chunk, vocab_axes, grads, cotangents):
+def _chunked_bwd(z_coef, chunk, vocab_axes, grads, cotangents):
     # Only `total` is differentiated; nll and z are reported.
     dx, dw = grads
     scale = cotangents[0]
@@ -127,7 +121,7 @@ def _chunked_bwd(turned, z_coef, chunk, vocab_axes, grads, cotangents):
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
-def _run(x, w, targets, mask, turned, z_coef, chunk, vocab_axes, *, grad: bool) -> Any:
+def _run(x, w, targets, mask, z_coef, chunk, vocab_axes, *, grad: bool) -> Any:
     """Scan over chunks of tokens -> ((total, nll, z), (dx, dw) or None)."""
     b, t, d = x.shape
     steps = -(-t // chunk)
@@ -136,10 +130,7 @@ def _run(x, w, targets, mask, turned, z_coef, chunk, vocab_axes, *, grad: bool) 
         rest = steps * chunk - t
         x = jnp.pad(x, [(0, 0), (0, rest), (0, 0)])
         targets, mask = (jnp.pad(a, [(0, 0), (0, rest)]) for a in (targets, mask))
-    into = "bcd,vd->bcv" if turned else "bcd,dv->bcv"
-    back = "bcv,vd->bcd" if turned else "bcv,dv->bcd"
-    outer = "bcv,bcd->vd" if turned else "bcd,bcv->dv"
-    v = w.shape[0 if turned else 1]
+    v = w.shape[0]
     first = jax.lax.axis_index(vocab_axes) * v if vocab_axes else 0
 
     def cut(a, i):
@@ -147,7 +138,7 @@ def _run(x, w, targets, mask, turned, z_coef, chunk, vocab_axes, *, grad: bool) 
 
     def body(carry, i):
         x_bcd, target_bc, mask_bc = cut(x, i), cut(targets, i), cut(mask, i)
-        logits = jnp.einsum(into, x_bcd, w, preferred_element_type=wide)
+        logits = jnp.einsum("bcd,vd->bcv", x_bcd, w, preferred_element_type=wide)
         top = jnp.max(logits, axis=-1)
         if vocab_axes:
             top = jax.lax.pmax(top, vocab_axes)
@@ -167,11 +158,12 @@ def _run(x, w, targets, mask, turned, z_coef, chunk, vocab_axes, *, grad: bool) 
         slope = mask_bc * (1 + 2 * z_coef * lse)
         dlogits = e_bcv * (slope / total)[..., None]
         dlogits = jnp.where(hit, dlogits - mask_bc[..., None], dlogits).astype(x.dtype)
-        dx = jnp.einsum(back, dlogits, w, preferred_element_type=wide)
+        dx = jnp.einsum("bcv,vd->bcd", dlogits, w, preferred_element_type=wide)
         if vocab_axes:
             dx = jax.lax.psum(dx, vocab_axes)
-        pair = (dlogits, x_bcd) if turned else (x_bcd, dlogits)
-        dw = carry[1] + jnp.einsum(outer, *pair, preferred_element_type=wide)
+        dw = carry[1] + jnp.einsum(
+            "bcv,bcd->vd", dlogits, x_bcd, preferred_element_type=wide
+        )
         return (sums, dw), dx.astype(x.dtype)
 
     near = mesh.varying(x)

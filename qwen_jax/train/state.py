@@ -38,7 +38,7 @@ def create(
     seed: int,
     weights: Any | None = None,
 ) -> State:
-    """A fresh state on the mesh: random weights (or the given ones), empty optimizer."""
+    """A fresh state on the mesh: random or given weights, empty optimizer."""
     tree = decoder.decoder_params(spec)
     layout = params.shardings(tree, device_mesh, rules)
     with jax.set_mesh(device_mesh):

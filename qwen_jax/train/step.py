@@ -59,10 +59,9 @@ def loss_fn(
     )
     total, parts = losses.cross_entropy(
         hidden_btd,
-        params["embed_vd"] if spec.tie_embedding else params["head_dv"],
+        decoder.head_vd(spec, params),
         batch["targets_bt"],
         batch["mask_bt"],
-        turned=spec.tie_embedding,
         z_coef=config.z_loss,
         rules=rules,
     )
@@ -113,7 +112,8 @@ def train_step(
     loss = parts["nll"] / parts["targets"]
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    params, opt = update(tx, grads, state)
+    updates, opt = tx.update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
     keep = functools.partial(jnp.where, finite)
     params = jax.tree.map(keep, params, state.params)
     opt = jax.tree.map(keep, opt, state.opt)
@@ -131,22 +131,6 @@ def train_step(
         metrics["bytes"] = count_bytes(batch, bytes_v)
     state = state_lib.State(state.step + 1, params, opt, state.skipped + skipped)
     return state, metrics
-
-
-def update(tx, grads, state):
-    """(new params, new optimizer state); the optimizer sees Auto axes, because its
-    matrix products (Muon) contract dims that lie on the mesh."""
-
-    def run(grads, opt, params):
-        updates, opt = tx.update(grads, opt, params)
-        return optax.apply_updates(params, updates), opt
-
-    if mesh.active():
-        out = jax.tree.map(
-            lambda x: jax.typeof(x).sharding.spec, (state.params, state.opt)
-        )
-        run = jax.sharding.auto_axes(run, out_sharding=out)
-    return run(grads, state.opt, state.params)
 
 
 def count_bytes(batch: dict[str, jax.Array], bytes_v: jax.Array) -> jax.Array:

@@ -165,13 +165,11 @@ def test_loss_and_gradient_norms(pair):
         from qwen_jax.models import decoder
 
         hidden = decoder.hidden(spec, params, ids, loop="unroll", remat="dots")
-        w = params["embed_vd"] if spec.tie_embedding else params["head_dv"]
         total, _parts = losses.cross_entropy(
             hidden[:, :-1],
-            w,
+            decoder.head_vd(spec, params),
             jnp.asarray(ids[:, 1:]),
             jnp.ones(ids[:, 1:].shape),
-            turned=spec.tie_embedding,
             z_coef=0.0,
             rules=mesh.Rules(),
             chunk=16,

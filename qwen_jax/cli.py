@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `qwen-jax`: parses arguments, then imports what the verb needs.
+
+Nothing heavy is imported here, so `--help` answers at once. A user's mistake is printed
+as one line that starts with "error:" and ends with exit code 2; a bad verb, flag or key
+comes with the nearest name. `--config.KEY=VALUE` sets any field of an experiment.
+
+Exit codes: 0 done (also when a signal asked for a stop and the state was saved), 1 the
+work failed, 2 a mistake of the user's, 130 interrupted where there is nothing to save.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from qwen_jax import __version__, config
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that names the nearest choice or flag and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise config.InputError(f"{message} ({self.prog} --help tells what there is)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            hint = config.nearest(str(value), map(str, action.choices))
+            raise config.InputError(f"unknown command {value!r}{hint}")
+
+
+def parser() -> Parser:
+    """All verbs and their flags."""
+    top = Parser(
+        prog="qwen-jax",
+        description="Train, look at and export Qwen models in JAX.",
+        epilog="Each command has its own --help. Start with launch/quickstart.sh.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"qwen_jax {__version__}")
+    verbs = top.add_subparsers(dest="verb", metavar="COMMAND", parser_class=Parser)
+    _add_run(verbs)
+    _add_generate(verbs)
+    _add_data(verbs)
+    _add_report(verbs)
+    _add_convert(verbs)
+    doctor = verbs.add_parser(
+        "doctor",
+        help="versions, devices, disk; what is missing and the command that adds it",
+        allow_abbrev=False,
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    verbs.add_parser(
+        "bench",
+        help="measure: `bench train` (beside other libraries with --peers)",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    return top
+
+
+def _add_run(verbs: Any) -> None:
+    run = verbs.add_parser(
+        "run",
+        help="run an experiment file; resumes when the folder has checkpoints",
+        description="Run an experiment file. Any of its fields is set with "
+        "--config.KEY=VALUE, for example --config.optim.lr_peak=1e-3. A run that was "
+        "stopped or killed goes on when the same command is given again.",
+        allow_abbrev=False,
+    )
+    add = run.add_argument
+    add("--config", required=True, metavar="FILE[:ARG]", help="experiment file")
+    add("--workdir", default="", metavar="DIR", help="the run's folder")
+    add("--data", default="", metavar="PATH", help="your own text: folder, file or URL")
+    add("--takeover", action="store_true", help="take the folder from another run")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="memory, FLOPs and time of the compiled step, without training",
+    )
+    add(
+        "--topology",
+        default="",
+        metavar="NAME",
+        help="with --dry_run: a TPU slice that need not be here, such as v6e:4x4",
+    )
+    add("--json", default="", metavar="FILE", help="with --dry_run: write the numbers")
+    add("--distributed", action="store_true", help="join the processes of this job")
+    add("--coordinator", default="", metavar="HOST:PORT", help="process 0's address")
+    add("--num_processes", type=int, default=0, metavar="N")
+    add("--process_id", type=int, default=-1, metavar="I")
+    add("--quiet", action="store_true", help="print warnings and errors only")
+
+
+def _add_generate(verbs: Any) -> None:
+    generate = verbs.add_parser(
+        "generate", help="continue prompts with a model folder", allow_abbrev=False
+    )
+    add = generate.add_argument
+    add("--model", required=True, metavar="DIR", help="a Hugging Face model folder")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
+    add(
+        "--prompt_file", default="", metavar="FILE", help="one prompt a line; - = stdin"
+    )
+    add("--max_tokens", type=int, default=64)
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    add("--top_p", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    add("--dtype", default="float32", help="float32 or bfloat16")
+    add("--json", action="store_true", help="one JSON object a line")
+
+
+def _add_data(verbs: Any) -> None:
+    data = verbs.add_parser("data", help="look at training data", allow_abbrev=False)
+    kinds = data.add_subparsers(
+        dest="kind", metavar="COMMAND", parser_class=Parser, required=True
+    )
+    preview = kinds.add_parser(
+        "preview",
+        help="ids, text, loss mask and packing borders of the first rows",
+        allow_abbrev=False,
+    )
+    add = preview.add_argument
+    add("--config", required=True, metavar="FILE[:ARG]", help="experiment file")
+    add("--data", default="", metavar="PATH", help="your own text instead")
+    add("--workdir", default="", metavar="DIR", help="take the tokenizer of this run")
+    add("--rows", type=int, default=2, help="rows to show")
+    add("--color", choices=("auto", "always", "never"), default="auto")
+
+
+def _add_report(verbs: Any) -> None:
+    report = verbs.add_parser(
+        "report", help="write report.html of one run or several", allow_abbrev=False
+    )
+    report.add_argument("workdirs", nargs="+", metavar="DIR", help="run folders")
+    report.add_argument(
+        "--out", default="", metavar="FILE", help="default: report.html"
+    )
+
+
+def _add_convert(verbs: Any) -> None:
+    convert = verbs.add_parser(
+        "convert",
+        help="a run's checkpoint, or a model folder, to a Hugging Face folder",
+        allow_abbrev=False,
+    )
+    add = convert.add_argument
+    add("source", metavar="RUN_OR_MODEL", help="a run folder or a model folder")
+    add("target", metavar="DIR", help="folder to write")
+    add("--step", type=int, default=-1, help="checkpoint of a run; newest by default")
+    add("--dtype", default="", help="float32 or bfloat16; default: as it is")
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """(other arguments, [(key, text)]) of --config.KEY=VALUE and --config.KEY VALUE."""
+    rest, pairs = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        key, equals, value = word[len("--config.") :].partition("=")
+        if not equals:
+            value = next(words, None)
+            if value is None:
+                raise config.InputError(f"--config.{key} needs a value")
+        pairs.append((key, value))
+    return rest, pairs
+
+
+def check_flags(top: Parser, words: Sequence[str]) -> None:
+    """InputError naming the nearest flag for the first flag that no verb here has."""
+    known, node = [], top
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name = word.partition("=")[0]
+            known = [f for a in node._actions for f in a.option_strings]
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1, cutoff=0.6)
+                hint = f"did you mean {close[0]}?" if close else "known: "
+                hint += "" if close else ", ".join(f for f in known if f[:2] == "--")
+                raise config.InputError(f"unknown flag {name} of {node.prog}; {hint}")
+        for action in node._actions:
+            if isinstance(action.choices, dict) and word in action.choices:
+                node = action.choices[word]
+                break
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["bench"]:
+            return _bench(argv[1:])
+        words, overrides = split_overrides(argv)
+        top = parser()
+        check_flags(top, words)
+        args = top.parse_args(words)
+        if args.verb is None:
+            top.print_help()
+            return 0
+        if overrides and args.verb not in ("run", "data"):
+            raise config.InputError(f"qwen-jax {args.verb} takes no --config.* flags")
+        return VERBS[args.verb](args, overrides)
+    except config.InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `qwen-jax ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _bench(argv: list[str]) -> int:
+    if argv[:1] in ([], ["--help"], ["-h"]):
+        print("usage: qwen-jax bench train [--help]")
+        return 0
+    if argv[0] != "train":
+        raise config.InputError(
+            f"unknown bench {argv[0]!r}{config.nearest(argv[0], ['train'])}"
+        )
+    from qwen_jax.bench import train
+
+    return train.main(argv[1:])
+
+
+def _with_huge_pages() -> None:
+    """Start again with malloc on huge pages: fresh buffers of some MB fault in at once,
+    which takes 12 % off a training step on a CPU. glibc reads it only at start."""
+    wanted = sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ
+    if wanted and sys.argv[0] and os.path.basename(sys.argv[0]) in NAMES:
+        environment = os.environ | {"GLIBC_TUNABLES": HUGE_PAGES}
+        words = [sys.executable, "-m", "qwen_jax", *sys.argv[1:]]
+        os.execve(sys.executable, words, environment)
+
+
+NAMES = ("qwen-jax", "__main__.py")
+
+
+def _run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    _with_huge_pages()
+    from qwen_jax import main as program
+
+    values = {k: v for k, v in vars(args).items() if k != "verb"}
+    return program.run(program.Options(**values, overrides=tuple(overrides)))
+
+
+def _generate(args: argparse.Namespace, _: Any) -> int:
+    _with_huge_pages()
+    from qwen_jax import tools
+
+    return tools.generate(args)
+
+
+def _data(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from qwen_jax import tools
+
+    return tools.preview(args, overrides)
+
+
+def _report(args: argparse.Namespace, _: Any) -> int:
+    from qwen_jax import report
+
+    return report.main(args.workdirs, args.out)
+
+
+def _convert(args: argparse.Namespace, _: Any) -> int:
+    from qwen_jax import tools
+
+    return tools.convert(args)
+
+
+def _doctor(args: argparse.Namespace, _: Any) -> int:
+    from qwen_jax import doctor
+
+    return doctor.main(as_json=args.json)
+
+
+VERBS = {
+    "run": _run,
+    "generate": _generate,
+    "data": _data,
+    "report": _report,
+    "convert": _convert,
+    "doctor": _doctor,
+}

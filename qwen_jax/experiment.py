@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run as one frozen record, from an experiment file and the command line.
+
+`resolve("experiments/x.py:tiny", overrides)` loads the file, fills every field it
+leaves out with its default (so that each can be overridden by name), applies the
+overrides and freezes. `model.base` names a published size whose fields are the defaults
+of `model`.
+
+Formats: see `config`. The resolved record, thawed, is what run.json and checkpoints
+keep.
+Raises: config.InputError for unknown keys, wrong types and cross-field mistakes.
+"""
+
+import dataclasses
+from typing import Any, get_args, get_origin, get_type_hints
+
+from qwen_jax import config
+from qwen_jax import mesh as mesh_lib
+from qwen_jax.data import loader
+from qwen_jax.models import decoder
+from qwen_jax.models import spec as spec_lib
+from qwen_jax.optim import build
+
+# What a resumed run may change; everything else would train another thing.
+MAY_CHANGE = (
+    "train.num_steps",
+    "train.tokens",
+    "train.remat",
+    "train.loop",
+    "train.micro_rows",
+    "train.max_skipped",
+    "optim.decay_steps",
+    "model.attention",
+    "mesh.*",
+    "checkpoint.*",
+    "eval.*",
+    "sample.*",
+    "log.*",
+    "data.num_workers",
+    "data.max_bad_share",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long and how large; 0 leaves a number to be derived in the open."""
+
+    num_steps: int = 0
+    tokens: int = 0
+    batch_tokens: int = 0
+    micro_rows: int = 0
+    z_loss: float = 0.0
+    remat: str = "none"
+    loop: str = "scan"
+    max_skipped: int = 20
+    init_from: str = ""  # a model folder to start from; "" = random weights
+
+    def __post_init__(self):
+        if self.loop not in ("scan", "unroll"):
+            raise ValueError(f"loop={self.loop!r}: wanted scan or unroll")
+        for name in ("num_steps", "tokens", "batch_tokens", "micro_rows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.num_steps and self.tokens:
+            raise ValueError(
+                f"num_steps={self.num_steps} and tokens={self.tokens}: set one of them"
+            )
+        decoder.saved_names(self.remat)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save (whichever comes first) and what to keep."""
+
+    every_steps: int = 500
+    every_s: float = 900.0
+    keep: int = 3
+    keep_every: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out text: evaluated every so many steps and at the end; 0 = never."""
+
+    every_steps: int = 200
+    max_tokens: int = 200_000
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Prompts continued as training goes; 0 steps = never."""
+
+    every_steps: int = 0
+    prompts: tuple[str, ...] = ()
+    max_tokens: int = 64
+    temperature: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """metrics.jsonl is always written; trackers are extras."""
+
+    trackers: tuple[str, ...] = ()
+    profile_from: int = -1  # first step of a profiler trace; -1 = none
+    profile_steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a run."""
+
+    data: loader.DataConfig
+    seed: int = 0
+    model: spec_lib.Spec = dataclasses.field(default_factory=spec_lib.Spec)
+    optim: build.OptimConfig = dataclasses.field(default_factory=build.OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: mesh_lib.MeshConfig = dataclasses.field(default_factory=mesh_lib.MeshConfig)
+    rules: mesh_lib.Rules = dataclasses.field(default_factory=mesh_lib.Rules)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    export: bool = True
+
+
+def resolve(
+    path: str, overrides: list[tuple[str, str]] = (), data_path: str = ""
+) -> Experiment:
+    """The frozen record of an experiment file with command-line overrides.
+
+    Args:
+      path: experiment file, with ":arg" if it takes one.
+      overrides: (dotted key, text) pairs.
+      data_path: a folder or file that replaces the sources of the file.
+    """
+    given = config.thaw(config.load(path))
+    model = given.get("model", {})
+    base = dict(overrides).get("model.base") or model.pop("base", "")
+    overrides = [(k, v) for k, v in overrides if k != "model.base"]
+    model.pop("base", "")
+    if base:
+        given["model"] = config.thaw(spec_lib.get(base)) | model
+    if data_path:
+        given.setdefault("data", {})["sources"] = [{"path": data_path}]
+    whole = complete(Experiment, given)
+    return config.freeze(Experiment, config.override(whole, overrides))
+
+
+def complete(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+    """`given` with the defaults of the record's fields where it says nothing."""
+    out = dict(given)
+    hints = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for name, field in hints.items():
+        default = field.default
+        if default is dataclasses.MISSING and (
+            field.default_factory is not dataclasses.MISSING
+        ):
+            default = field.default_factory()
+        nested = _record_type(cls, name)
+        if nested is not None and isinstance(out.get(name), dict):
+            out[name] = complete(nested, out[name])
+        elif name not in out and default is not dataclasses.MISSING:
+            out[name] = config.thaw(default)
+    return out
+
+
+def _record_type(cls: type, name: str) -> type | None:
+    """The dataclass a field holds, or None."""
+    hint = get_type_hints(cls)[name]
+    for kind in (hint, *get_args(hint)):
+        if dataclasses.is_dataclass(kind) and get_origin(hint) is not tuple:
+            return kind
+    return None

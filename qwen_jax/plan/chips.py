@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts of devices: peak matrix FLOP/s, memory, and the TPU slices one can name.
+
+Source: vendors' data sheets. Peaks are dense bf16: TPU v4 275, v5e 197, v5p 459, v6e
+918, v7x 2,307 TFLOP/s; A100 312, H100 and H200 (SXM) 989, B200 2,250. Memory in GiB as
+sold: v4 32, v5e 16, v5p 95, v6e 32, v7x 192. A CPU has no data sheet worth quoting: its
+peak is measured, as one large float32 matrix product.
+
+Units: FLOP/s, bytes. Unknown devices give nan and None, never a guess.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device of a kind; `tpu_name` is the first part of a topology name."""
+
+    kind: str
+    peak_flops_per_s: float
+    memory_bytes: int
+    tpu_name: str = ""
+
+
+CHIPS = (
+    Chip("TPU v4", 275e12, 32 * GIB, "v4"),
+    Chip("TPU v5 lite", 197e12, 16 * GIB, "v5e"),
+    Chip("TPU v5p", 459e12, 95 * GIB, "v5p"),
+    Chip("TPU v5", 459e12, 95 * GIB, "v5p"),
+    Chip("TPU v6 lite", 918e12, 32 * GIB, "v6e"),
+    Chip("TPU7x", 2307e12, 192 * GIB, "v7x"),
+    Chip("NVIDIA A100", 312e12, 80 * GIB),
+    Chip("NVIDIA H100", 989e12, 80 * GIB),
+    Chip("NVIDIA H200", 989e12, 141 * 10**9),
+    Chip("NVIDIA B200", 2250e12, 180 * GIB),
+)
+
+
+def chip_of(device: Any) -> Chip | None:
+    """The chip a JAX device is, or None when it is not in the table."""
+    kind = device.device_kind.lower()
+    for chip in CHIPS:
+        if kind.startswith(chip.kind.lower()):
+            return chip
+    return None
+
+
+def memory_bytes(device: Any) -> int:
+    """Memory one device may use: its allocator's limit, the data sheet, or for a CPU an
+    equal share of the machine's memory."""
+    stats = getattr(device, "memory_stats", lambda: None)()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    chip = chip_of(device)
+    if chip is not None:
+        return chip.memory_bytes
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total // max(jax.local_device_count(), 1)
+
+
+@functools.cache
+def measured_flops_per_s(dtype: str = "float32", size: int = 1024) -> float:
+    """FLOP/s of one large matrix product on the default device, best of five."""
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    best_s = math.inf
+    for _ in range(5):
+        start_s = time.perf_counter()
+        product(x).block_until_ready()
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * size**3 / best_s
+
+
+def peak_flops_per_s(device: Any) -> tuple[float, str]:
+    """(peak of one device, where the number comes from) for MFU."""
+    chip = chip_of(device)
+    if chip is not None:
+        return chip.peak_flops_per_s, f"{chip.kind} bf16 data sheet"
+    if device.platform == "cpu":
+        # All virtual devices of a process share its cores.
+        rate = measured_flops_per_s() / jax.local_device_count()
+        return rate, "measured float32 1024 x 1024 product"
+    return math.nan, f"unknown device {device.device_kind!r}"

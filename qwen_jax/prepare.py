@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a run that depend on no data: mesh, sizes, micro-batch, placement.
+
+`set_up` is where what does not fit together is refused, before anything is compiled or
+written; a dry run and a real one go through it alike. `placer` tells which rows of the
+global batch a process reads and lays them on the mesh.
+
+Shapes: a batch on the mesh is [micro, rows, t] with rows by `batch`.
+Raises: config.InputError naming the value, what was wanted and the fix.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax import config, experiment, mesh, params
+from qwen_jax.models import attention, decoder, flops
+from qwen_jax.optim import build, derive
+from qwen_jax.plan import chips, micro
+from qwen_jax.train import step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a run that depend on no data: sizes, mesh, optimizer, step."""
+
+    exp: experiment.Experiment
+    device_mesh: jax.sharding.Mesh
+    derivation: derive.Derivation
+    batch: micro.Batch
+    lines: tuple[str, ...]
+
+    @property
+    def tx(self) -> Any:
+        return build.build(self.exp.optim, self.derivation.num_steps)
+
+    @property
+    def step_config(self) -> step.StepConfig:
+        train = self.exp.train
+        return step.StepConfig(train.z_loss, train.loop, train.remat)
+
+
+def set_up(
+    exp: experiment.Experiment, devices: list[Any] | None = None
+) -> tuple[experiment.Experiment, Setup]:
+    """Mesh, derived numbers and micro-batch; the record with nothing left open.
+
+    Raises:
+      config.InputError: whatever does not fit together, before anything is compiled.
+    """
+    spec = exp.model
+    device_mesh = mesh.make(exp.mesh, devices)
+    first = device_mesh.devices.flat[0]
+    attention.check_backend(spec, first.platform, packed=True)
+    if exp.data.seq_tokens > spec.max_positions:
+        raise config.InputError(
+            f"data.seq_tokens={exp.data.seq_tokens} passes model.max_positions="
+            f"{spec.max_positions}; set one of them"
+        )
+    tree = decoder.decoder_params(spec)
+    layout = params.shardings(tree, device_mesh, exp.rules)  # refuses what is uneven
+    ways = math.prod(device_mesh.shape[a] for a in _names(exp.rules.batch))
+    derivation = derive.derive(
+        exp.optim,
+        num_weights=flops.num_non_embedding(spec),
+        tokens=exp.train.tokens or exp.train.num_steps * exp.train.batch_tokens,
+        batch_tokens=exp.train.batch_tokens,
+        round_to=ways * exp.data.seq_tokens,
+    )
+    exp = dataclasses.replace(exp, optim=derivation.optim)
+    weights = _local_bytes(tree, layout, jnp.dtype(spec.param_dtype).itemsize)
+    slots = 3 if exp.optim.name == "muon" else 4  # weights, gradient, moments
+    batch = micro.derive(
+        batch_tokens=derivation.batch_tokens,
+        seq_tokens=exp.data.seq_tokens,
+        batch_ways=ways,
+        state_bytes=slots * weights,
+        activation_bytes_per_token=flops.activation_bytes_per_token(
+            spec, exp.train.remat
+        )
+        // math.prod(device_mesh.shape[a] for a in _names(exp.rules.heads)),
+        memory_bytes=chips.memory_bytes(first),
+        platform=first.platform,
+        micro_rows=exp.train.micro_rows,
+    )
+    shape = ", ".join(f"{k} {v}" for k, v in device_mesh.shape.items())
+    lines = (
+        f"model: {flops.num_params(spec):,} weights, "
+        f"{flops.num_non_embedding(spec):,} without embeddings",
+        f"mesh: {shape} ({device_mesh.size} {first.device_kind} devices)",
+        *derivation.lines,
+        batch.line,
+    )
+    return exp, Setup(exp, device_mesh, derivation, batch, lines)
+
+
+def _names(axes: mesh.Axes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _local_bytes(tree: Any, layout: Any, itemsize: int) -> int:
+    """Bytes of one device's part of the weights."""
+    parts = jax.tree.map(
+        lambda p, s: math.prod(s.shard_shape(p.shape)) * itemsize,
+        tree,
+        layout,
+        is_leaf=params.is_param,
+    )
+    return sum(jax.tree.leaves(parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Placer:
+    """Which rows of the global batch a process reads, and how they reach the mesh."""
+
+    sharding: jax.sharding.NamedSharding
+    micro_steps: int
+    rows: int
+    index: int
+    count: int
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows [r, t] -> global arrays [micro, rows, t]."""
+
+        def one(x):
+            local = x.reshape(self.micro_steps, -1, *x.shape[1:])
+            whole = (self.micro_steps, self.rows // self.micro_steps, *x.shape[1:])
+            return jax.make_array_from_process_local_data(self.sharding, local, whole)
+
+        return {key: one(x) for key, x in rows.items()}
+
+
+def placer(device_mesh: Any, rules: mesh.Rules, rows: int, micro_steps: int) -> Placer:
+    """The Placer of a batch of `rows` rows cut in `micro_steps`."""
+    each = rows // micro_steps
+    flat = jax.sharding.NamedSharding(device_mesh, rules.pspec("batch"))
+    mine = {
+        index[0].indices(each)[:2]
+        for index in flat.addressable_devices_indices_map((each,)).values()
+    }
+    start, stop = min(a for a, _ in mine), max(b for _, b in mine)
+    if sum(b - a for a, b in mine) != stop - start or start % (stop - start):
+        raise config.InputError(
+            "the devices of this process do not hold neighbouring rows of the batch; "
+            "let mesh.data and mesh.fsdp be multiples of the number of processes"
+        )
+    sharding = jax.sharding.NamedSharding(
+        device_mesh, jax.P(None, *rules.pspec("batch", None))
+    )
+    local = stop - start
+    return Placer(sharding, micro_steps, rows, start // local, each // local)

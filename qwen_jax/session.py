@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process's part of a run between restore and exit: what the loop calls.
+
+A handle on the run's files: metrics.jsonl, samples.jsonl, run.json, checkpoints, and
+the progress line. Only process 0 writes them (checkpoints apart); every process takes
+part in what runs on the mesh.
+
+Units: as in metrics.jsonl (see `metrics`). Invariants: a line is logged before anything
+that follows its step; after a resume the files hold nothing of steps that will be made
+again.
+Raises: config.InputError from the writer (full disk), manager.SaveError for a failed
+save, both out of the loop.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import math
+import os
+import pathlib
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from qwen_jax import config, export, mesh, metrics, prepare, report, rng
+from qwen_jax.checkpoint import manager
+from qwen_jax.data import corpus, loader, tokenizer
+from qwen_jax.eval import perplexity
+from qwen_jax.fault import signals
+from qwen_jax.models import decode, flops
+from qwen_jax.optim import schedules
+from qwen_jax.plan import chips
+from qwen_jax.train import loop, state, step
+
+
+class Session:
+    """One process's part of a run between restore and exit: a handle on its files."""
+
+    def __init__(
+        self,
+        exp,
+        setup: prepare.Setup,
+        command: str,
+        workdir: pathlib.Path,
+        vocabulary: tokenizer.Tokenizer,
+        batches: loader.Loader,
+        checkpoints: manager.Manager,
+        stopper: signals.Stopper,
+        say: Callable[[str], None],
+        show_progress: bool = True,
+    ):
+        self.exp, self.setup, self.command, self.workdir = exp, setup, command, workdir
+        self.vocabulary, self.batches = vocabulary, batches
+        self.checkpoints, self.stopper, self.say = checkpoints, stopper, say
+        self.show_progress = show_progress
+        self.primary = jax.process_index() == 0
+        self.started_s = self.saved_s = time.monotonic()
+        self.tokens = self.skipped = 0.0
+        self.last_saved: int | None = None
+        self.bytes_v = self._bytes_table()
+        self.heldout: list[Any] | None = None
+
+    def _bytes_table(self) -> jax.Array:
+        lengths = np.zeros(self.exp.model.vocab_size, np.float32)
+        known = self.vocabulary.token_bytes
+        lengths[: len(known)] = known
+        whole = mesh.sharding(self.setup.device_mesh, jax.P())
+        return jax.make_array_from_callback(lengths.shape, whole, lambda i: lengths[i])
+
+    def write_run_json(self, resolved: dict, sources: Any) -> None:
+        """run.json: what ran, with what, where, and how to go on."""
+        path = self.workdir / "run.json"
+        old = json.loads(path.read_text()) if path.is_file() else {}
+        facts = {
+            "commit": _git("rev-parse", "HEAD"),
+            "dirty": bool(_git("status", "--porcelain")),
+            "config": resolved,
+            "versions": _versions(),
+            "mesh": dict(self.setup.device_mesh.shape),
+            "device": self.setup.device_mesh.devices.flat[0].device_kind,
+            "seed": self.exp.seed,
+            "command": self.command,
+            "resume_command": self.command,
+            "host": socket.gethostname(),
+            "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+            "started": old.get("started") or now(),
+            "num_steps": self.setup.derivation.num_steps,
+            "num_params": flops.num_params(self.exp.model),
+            "derivation": list(self.setup.lines),
+            "tokenizer": self.vocabulary.fingerprint,
+        }
+        if self.exp.eval.every_steps and self.exp.data.holdout_share:
+            text = corpus.heldout_bytes(self.exp.data, self.vocabulary, sources=sources)
+            facts["heldout_bytes"] = len(text)
+            facts["gzip_bits_per_byte"] = perplexity.gzip_bits_per_byte(text)
+        whole = path.with_suffix(".tmp")
+        whole.write_text(json.dumps(facts, indent=1) + "\n")
+        whole.replace(path)
+
+    def train(self, now: state.State, place: prepare.Placer, first_step: int) -> int:
+        """The loop and what follows it; returns the number of steps made."""
+        exp, setup, num_steps = self.exp, self.setup, self.setup.derivation.num_steps
+        self.place = place
+        self.skipped = float(now.skipped)
+        self._open_logs(first_step)
+        step_fn = step.compile_step(exp.model, setup.tx, exp.rules, setup.step_config)
+        hooks = loop.Hooks(
+            log=self.log,
+            save=self.save,
+            save_due=self.save_due,
+            evaluate=self.evaluate,
+            evaluate_every=exp.eval.every_steps if exp.data.holdout_share else 0,
+            sample=self.sample,
+            sample_every=exp.sample.every_steps if exp.sample.prompts else 0,
+            stop=self.stopper.should_stop,
+            profile=self.profile,
+        )
+        stream = loop.prefetch(self.batches, place, self.batches.state)
+        made = first_step
+        try:
+            now, made = loop.loop(
+                now,
+                lambda s, batch: step_fn(s, batch, self.bytes_v),
+                stream,
+                first_step=first_step,
+                num_steps=num_steps,
+                hooks=hooks,
+                max_skipped=exp.train.max_skipped,
+            )
+            if made == num_steps and exp.export:
+                self.export(now.params)
+        finally:
+            stream.close()
+            self.batches.close()
+            self._end(made, num_steps)
+        return made
+
+    def _open_logs(self, first_step: int) -> None:
+        self.writer = self.progress = None
+        if not self.primary:
+            return
+        path = self.workdir / "metrics.jsonl"
+        trackers = metrics.trackers(self.exp.log.trackers, self.workdir)
+        resuming = path.is_file()
+        self.writer = metrics.Writer(path, trackers, resume_step=first_step)
+        rows = (
+            [row for row in metrics.read(path) if "tokens" in row] if resuming else []
+        )
+        self.tokens = rows[-1]["tokens"] if rows else 0.0
+        event = "resume" if first_step else "start"
+        self.writer.write(first_step, {"event": event, "time": now()})
+        self._trim_samples(first_step)
+        if self.show_progress:
+            self.progress = metrics.Progress(self.setup.derivation.num_steps)
+        if first_step:
+            self._progress("saved", first_step)
+
+    def _trim_samples(self, first_step: int) -> None:
+        """Samples of steps that will be made again are dropped, as in metrics.jsonl."""
+        path = self.workdir / "samples.jsonl"
+        if path.is_file():
+            lines = path.read_text().splitlines()
+            kept = [x for x in lines if x.endswith("}") and _step(x) <= first_step]
+            whole = path.with_suffix(".tmp")
+            whole.write_text("".join(x + "\n" for x in kept))
+            whole.replace(path)
+
+    def _progress(self, method: str, *args: Any) -> None:
+        if self.progress is not None:
+            getattr(self.progress, method)(*args)
+
+    def log(self, number: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl and of the terminal."""
+        exp, batch = self.exp, self.setup.batch
+        self.checkpoints.check()
+        if (
+            self.checkpoints.last_save
+            and self.last_saved != self.checkpoints.last_save.step
+        ):
+            self.last_saved = self.checkpoints.last_save.step
+            self._progress("saved", self.last_saved)
+        self.tokens += values["targets"]
+        self.skipped += values["skipped"]
+        if self.writer is None:
+            return
+        slots = batch.rows * exp.data.seq_tokens
+        work = flops.train_per_token(exp.model, exp.data.seq_tokens) * slots
+        row = {
+            "loss": values["loss"],
+            "bits_per_byte": values["bits"] / max(values["bytes"], 1.0),
+            "grad_norm": values["grad_norm"],
+            "lr": float(self.schedule(number - 1)),
+            "tokens": self.tokens,
+            "tokens_per_s": values["targets"] / values["step_s"],
+            "mfu": work / values["step_s"] / self.peak,
+            "step_s": values["step_s"],
+            "data_s": values["data_s"],
+            "skipped_steps": self.skipped,
+            "padding_share": values["padding"] / slots,
+            "epoch": self.batches.epoch,
+        }
+        if exp.train.z_loss:
+            row["z_loss"] = values["z_loss"]
+        self.writer.write(number, row)
+        self._progress("update", number, row)
+
+    @functools.cached_property
+    def schedule(self) -> Callable[[int], float]:
+        return schedules.make(self.exp.optim, self.setup.derivation.num_steps)
+
+    @functools.cached_property
+    def peak(self) -> float:
+        """FLOP/s of all devices, for MFU."""
+        devices = self.setup.device_mesh.devices
+        return chips.peak_flops_per_s(devices.flat[0])[0] * devices.size
+
+    def save_due(self, number: int) -> bool:
+        """Every so many steps, or when a time has passed (process 0's clock)."""
+        every = self.exp.checkpoint
+        if every.every_steps and number % every.every_steps == 0:
+            return True
+        if not every.every_s or jax.process_count() > 1:
+            return False  # clocks differ between processes; steps do not
+        return time.monotonic() - self.saved_s >= every.every_s
+
+    def save(self, number: int, now: state.State, position: Any) -> None:
+        """Start a checkpoint of step `number`."""
+        stored = {"config": config.thaw(self.exp), "tokens": self.tokens}
+        self.checkpoints.save(number, now, stored, local=position)
+        self.saved_s = time.monotonic()
+
+    def evaluate(self, number: int, weights: Any) -> None:
+        """Held-out loss, into the metrics and on the terminal."""
+        if self.heldout is None:
+            self._open_heldout()
+        scores = perplexity.evaluate(
+            self.eval_sums, weights, self.heldout, self.bytes_v
+        )
+        if self.writer is not None:
+            self.writer.write(number, scores)
+        self._progress(
+            "message",
+            f"step {number}: held-out {scores['eval_bits_per_byte']:.3f} bits/byte, "
+            f"loss {scores['eval_loss']:.3f}",
+        )
+
+    def _open_heldout(self) -> None:
+        exp, batch = self.exp, self.setup.batch
+        place = prepare.placer(self.setup.device_mesh, exp.rules, batch.micro_rows, 1)
+        found = corpus.heldout(
+            exp.data,
+            self.vocabulary,
+            batch_rows=batch.micro_rows,
+            process_index=place.index,
+            process_count=place.count,
+            sources=self.batches.sources,
+        )
+        most = math.ceil(exp.eval.max_tokens / (batch.micro_rows * exp.data.seq_tokens))
+        self.heldout = [place(rows) for rows in found.batches[:most]]
+        self.eval_sums = perplexity.make(exp.model, exp.rules, self.setup.step_config)
+
+    def sample(self, number: int, weights: Any) -> None:
+        """Continue the prompts and print what came."""
+        sampling = self.exp.sample
+        ids = [
+            [self.vocabulary.eos_id, *self.vocabulary.encode(text)]
+            for text in sampling.prompts
+        ]
+        spec = dataclasses.replace(self.exp.model, eos_ids=(self.vocabulary.eos_id,))
+        new = decode.generate(
+            spec,
+            weights,
+            ids,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=0.95,
+            key=rng.key_for(self.exp.seed, "sample", number),
+            rules=self.exp.rules,
+        )
+        if not self.primary:
+            return
+        with (self.workdir / "samples.jsonl").open("a") as file:
+            for prompt, tokens in zip(sampling.prompts, new, strict=True):
+                text = self.vocabulary.decode(tokens)
+                row = {"step": number, "prompt": prompt, "text": text}
+                file.write(json.dumps(row) + "\n")
+                shown = (prompt + text).replace("\n", "\n    ")
+                self._progress("message", f"  sample at step {number}:\n    {shown}")
+
+    def profile(self, number: int) -> None:
+        """Start and stop the profiler around the asked steps."""
+        first = self.exp.log.profile_from
+        if first < 0 or not self.primary:
+            return
+        if number == first:
+            jax.profiler.start_trace(self.workdir / "profile")
+        if number == first + self.exp.log.profile_steps:
+            jax.profiler.stop_trace()
+            self._progress("message", f"profile written to {self.workdir / 'profile'}")
+
+    def export(self, weights: Any) -> None:
+        """The Hugging Face folder of the final weights."""
+        export.write(self.exp.model, weights, self.vocabulary, self.workdir / "export")
+
+    def _end(self, made: int, num_steps: int) -> None:
+        """Close what is open; say how the run ended and how it goes on."""
+        self._progress("close")
+        try:
+            self.checkpoints.wait()
+        finally:
+            if self.writer is not None:
+                done = made == num_steps
+                reason = "finished" if done else self.stopper.reason or "error"
+                event = {"event": "stop", "reason": reason, "time": now()}
+                self.writer.write(made, event | {"counters": self.batches.counters()})
+                self.writer.close()
+                report.write([self.workdir])
+        if made < num_steps and self.stopper.reason:
+            self.say(
+                f"stopped by {self.stopper.reason} after step {made}; saved. "
+                f"Go on with:\n  {self.command}"
+            )
+
+
+def _step(line: str) -> int:
+    return json.loads(line)["step"]
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _git(*arguments: str) -> str:
+    """A fact of the repository the package lies in; "" outside of one."""
+    here = pathlib.Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    found = {"python": platform.python_version()}
+    for name in (*names, "tokenizers", "qwen_jax"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
