@@ -60,6 +60,7 @@ class Tokenizer:
         added = document.get("added_tokens") or []
         self.specials = {token["content"]: token["id"] for token in added}
         self._skipped = {token["id"] for token in added if token.get("special", True)}
+        self._plain = _build({**document, "added_tokens": []})
         self._pieces = self._bytes_of_ids()
         self.vocab_size = len(self._pieces)
         ids = set(self.specials.values())
@@ -73,7 +74,6 @@ class Tokenizer:
         self.im_end_id = self.specials.get("<|im_end|>")
         ends = (self.im_end_id, self.eos_id)
         self.stop_ids = tuple(i for i in ends if i is not None)
-        self._plain = _build({**document, "added_tokens": []})
         self._with_specials = None
         self._nfc = normalizers.NFC() if document.get("normalizer") else None
         self._tiktoken = self._probed_tiktoken()
@@ -324,7 +324,10 @@ def train(texts: Iterable[str], vocab_size: int, *, family: str = "qwen3") -> To
 
 
 def _build(document: dict[str, Any]) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_str(json.dumps(document))
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(document))
+    except Exception as error:  # the library raises nothing narrower
+        raise config.InputError(f"the tokenizer cannot be read: {error}") from error
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
