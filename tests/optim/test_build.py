@@ -163,6 +163,9 @@ def test_labels_of_a_model_tree():
         },
     }
     experts = {"up_ledf": jnp.zeros((2, 3, 4, 5)), "router_lde": jnp.zeros((2, 4, 3))}
+    heads = {"q_ldnk": jnp.zeros((2, 4, 3, 5)), "o_lnkd": jnp.zeros((2, 3, 5, 4))}
+    assert set(build.label_tree(heads).values()) == {"matrix"}
+    assert build.label_tree({"bias_lnk": jnp.zeros((2, 3, 5))})["bias_lnk"] == "vector"
     assert set(build.label_tree(experts).values()) == {"matrix"}
 
 
@@ -171,7 +174,7 @@ def test_labels_of_a_model_tree():
     [
         ({"q_ldn": jnp.zeros((4, 8))}, "q_ldn.*does not tell"),
         ({"weight": jnp.zeros((4, 8))}, "weight.*does not tell"),
-        ({"q_ldhk": jnp.zeros((2, 4, 2, 4))}, "dhk.*fold"),
+        ({"conv_ldct": jnp.zeros((2, 4, 2, 4))}, "'d', 'c', 't'.*fold"),
     ],
 )
 def test_names_that_do_not_tell_are_refused(params, words):
@@ -282,3 +285,37 @@ def test_muon_equals_optax():
         got, state = update(matrices(grads), state)
         for name, x in got.items():
             np.testing.assert_allclose(-x, want["layers"][name], 0, 1e-5)
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 2, 4)])
+def test_heads_and_their_width_are_one_side_of_a_matrix(sizes):
+    """q_ldnk moves as the matrix [d, n * k] does, o_lnkd as [n * k, d], on a mesh too."""
+    rng = np.random.default_rng(3)
+    values = {
+        "q_ldnk": rng.standard_normal((2, 8, 4, 6)),
+        "o_lnkd": rng.standard_normal((2, 4, 6, 8)),
+    }
+    optim = record(name="muon", warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
+    tx = build.build(optim, NUM_STEPS)
+    grads = f32(values)
+    if sizes is None:
+        updates, _ = once(tx, grads, grads)
+    else:
+        m = mesh.make(mesh.MeshConfig(*sizes))
+        specs = {
+            "q_ldnk": jax.P(None, "fsdp", "tensor", None),
+            "o_lnkd": jax.P(None, "tensor", None, "fsdp"),
+        }
+        with jax.set_mesh(m):
+            grads = {
+                k: jax.device_put(g, mesh.sharding(m, specs[k]))
+                for k, g in grads.items()
+            }
+            updates, _ = once(tx, grads, grads)
+    for name, shape in (("q_ldnk", (8, 24)), ("o_lnkd", (24, 8))):
+        for layer in range(2):
+            rule = oracle.Muon(shape, 0.95, 5, 0.2, 0.0)
+            zero, g = np.zeros(shape), np.float32(values[name][layer]).reshape(shape)
+            want = rule.step(zero, np.float64(g), optim.lr_peak)
+            got = np.asarray(updates[name][layer]).reshape(shape)
+            np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
