@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes with two devices each: one checkpoint, one verdict, any topology."""
+
+import ast
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.checkpoint import manager, steps
+
+WORKER = pathlib.Path(__file__).with_name("worker_processes.py")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_both(folder):
+    """[facts of process 0, facts of process 1]; Gloo's own lines are left out."""
+    port = str(free_port())
+    env = os.environ | {"PYTHONPATH": str(WORKER.parents[2])}
+    both = [
+        subprocess.Popen(
+            [sys.executable, WORKER, str(rank), port, folder],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=90) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    for process, (_, err) in zip(both, outputs, strict=True):
+        assert process.returncode == 0, err
+    return [
+        [line[3:] for line in out.splitlines() if line.startswith(f"{rank}: ")]
+        for rank, (out, _) in enumerate(outputs)
+    ]
+
+
+def test_one_process_two_processes_one_process(tmp_path):
+    sys.path.insert(0, str(WORKER.parent))
+    try:
+        import worker_processes as worker
+    finally:
+        sys.path.pop(0)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+    with manager.Manager(tmp_path) as m:
+        tree = worker.placed(worker.host_tree(1), mesh)
+        m.save(1, tree, {"at": 1}, local={"rank": 0}, wait=True)
+
+    first, second = run_both(tmp_path)
+
+    facts = [line for line in first if not line.startswith("said ")]
+    assert facts == second
+    local = [{"rank": 0, "step": 3}, {"rank": 1, "step": 3}]
+    assert facts[0] == (
+        "from one process {'at': 1, 'step': 1, 'local': [{'rank': 0}]} True"
+    )
+    assert facts[1] == f"steps [1, 2, 3] {local}"
+    assert "checkpoint of step 4 was not saved" in facts[2]
+    assert "process 1: division by zero" in facts[2]
+    assert facts[3] == "steps [1, 2, 3, 5]"
+    assert "step 6 was not saved: no room at all" in facts[4]
+    assert facts[5] == "fell back 3 True 3"
+    assert facts[6].startswith("mismatch")
+    assert facts[7] == "done [1, 2, 3, 7]"
+    (said,) = [line for line in first if line.startswith("said ")]
+    (notice,) = ast.literal_eval(said.partition("said ")[2])
+    assert "step 5" in notice and "arrays/w/c" in notice and "has changed" in notice
+
+    # Back in one process, on a mesh that neither had.
+    assert steps.present(tmp_path) == [1, 2, 3, 5, 7]
+    mesh = jax.make_mesh((8,), ("tensor",))
+    like = {
+        name: jax.ShapeDtypeStruct(
+            x.shape,
+            x.dtype,
+            sharding=NamedSharding(mesh, P("tensor") if x.ndim else P()),
+        )
+        for name, x in worker.host_tree(0).items()
+    }
+    with manager.Manager(tmp_path) as m:
+        assert m.all_steps() == [1, 2, 3, 5, 7]  # sizes agree; digests are read below
+        got, meta = m.restore(like)
+        assert meta == {"at": 7, "step": 7}
+        for name, want in worker.host_tree(3).items():
+            assert np.asarray(got[name]).tobytes() == want.tobytes()
+        _, meta = m.restore(like, 3)
+        assert meta["local"] == local

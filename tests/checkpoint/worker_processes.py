@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One of two processes that restore, save, fail and fall back together.
+
+Called by test_processes as `worker_processes.py RANK PORT FOLDER`; the folder holds
+step 1, written by one process. Prints lines "RANK: fact" that the test compares.
+"""
+
+import hashlib
+import os
+import pathlib
+import sys
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import config
+from qwen_jax.checkpoint import arrays, manager, manifest, steps
+
+NUM_PROCESSES = 2
+
+
+def host_tree(step):
+    """The same values in every process; also used by the test itself."""
+    rng = np.random.default_rng(step)
+    return {
+        "w": rng.normal(size=(8, 16)).astype(np.float32),
+        "mu": rng.normal(size=(16, 8)).astype(jnp.bfloat16),
+        "count": np.int32(step),
+    }
+
+
+SPECS = {"w": P("data", "tensor"), "mu": P("tensor"), "count": P()}
+
+
+def placed(tree, mesh):
+    """Global arrays, each process giving the shards it owns."""
+    return {
+        name: jax.make_array_from_callback(
+            value.shape,
+            NamedSharding(mesh, SPECS[name]),
+            lambda index, value=value: np.asarray(value)[index],
+        )
+        for name, value in tree.items()
+    }
+
+
+def abstract(tree, mesh):
+    return {
+        name: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, SPECS[name])
+        )
+        for name, x in tree.items()
+    }
+
+
+def shards_equal(tree, want):
+    return all(
+        np.asarray(shard.data).tobytes()
+        == np.ascontiguousarray(np.asarray(want[name])[shard.index]).tobytes()
+        for name, leaf in tree.items()
+        for shard in leaf.addressable_shards
+    )
+
+
+def main(rank, folder):
+    def tell(*facts):
+        print(f"{rank}:", *facts, flush=True)
+
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"))
+    like = abstract(host_tree(0), mesh)
+    said = []
+    m = manager.Manager(folder, keep=9, say=said.append, timeout_s=60)
+    tree, meta = m.restore(like)
+    tell("from one process", meta, shards_equal(tree, host_tree(1)))
+
+    for step in (2, 3):
+        m.save(
+            step,
+            placed(host_tree(step), mesh),
+            {"at": step},
+            local={"rank": rank, "step": step},
+        )
+    m.wait()
+    tell("steps", m.all_steps(), m.read_meta()["local"])
+
+    # The second process cannot write: both give the step up, and the next one is fine.
+    real = arrays.start_write
+    if rank == 1:
+        arrays.start_write = lambda *a, **k: 1 / 0
+    m.save(4, placed(host_tree(4), mesh), {})
+    try:
+        m.wait()
+    except manager.SaveError as error:
+        tell("failed", error)
+    arrays.start_write = real
+    m.save(5, placed(host_tree(5), mesh), {}, wait=True)
+    tell("steps", m.all_steps())
+
+    # The first process finds no room: refused at once in both.
+    usage = manager.saving._no_room
+    manager.saving._no_room = lambda job: "no room at all"
+    try:
+        m.save(6, placed(host_tree(6), mesh), {})
+    except manager.SaveError as error:
+        tell("refused", error)
+    manager.saving._no_room = usage
+
+    # A file that only the second process's share of the digests covers is damaged.
+    if rank == 0:
+        path = steps.path(pathlib.Path(folder), 5)
+        content, _ = manifest.read(path, 5)
+        names = list(content["files"])
+        victim = next(n for n in names[1::2] if n.startswith("arrays/w/c"))
+        data = (path / victim).read_bytes()
+        (path / victim).write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    jax.experimental.multihost_utils.sync_global_devices("damaged")
+    tree, meta = m.restore(like)
+    tell("fell back", meta["step"], shards_equal(tree, host_tree(3)), m.latest())
+    if rank == 0:
+        tell("said", said)
+    try:
+        m.restore({**like, "extra": like["count"]})
+    except config.InputError as error:
+        tell("mismatch", hashlib.sha256(str(error).encode()).hexdigest())
+    m.save(7, tree, {"at": 7})
+    m.close()
+    tell("done", m.all_steps())
+
+
+if __name__ == "__main__":
+    rank, port = int(sys.argv[1]), sys.argv[2]
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(f"127.0.0.1:{port}", NUM_PROCESSES, rank)
+    try:
+        main(rank, sys.argv[3])
+        code = 0
+    except BaseException:  # noqa: BLE001 - an ordinary exit would wait for the peer
+        traceback.print_exc()
+        code = 1
+    if code:
+        sys.stderr.flush()
+        os._exit(code)
+    jax.distributed.shutdown()
