@@ -162,7 +162,6 @@ def test_one_signal_ends_in_order(start):
 def test_a_second_signal_ends_a_process_that_is_stuck(start, number):
     process = start("stuck")
     wait_ready(process)
-    time.sleep(0.2)
     process.send_signal(number)
     time.sleep(0.3)
     assert process.poll() is None

@@ -20,10 +20,11 @@ def main(mode, rank=None, port=None):
     if rank is not None:
         jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
     stopper = signals.Stopper(grace_s=0.5 if mode == "grace" else None)
-    print("ready", flush=True)
     step = 0
     while not stopper.should_stop():
         step += 1
+        if step == 1:
+            print("ready", flush=True)
         if mode != "loop":
             # A mutex locked twice: as a collective, no signal interrupts its wait.
             libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
