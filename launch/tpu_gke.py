@@ -100,7 +100,7 @@ def render(options: argparse.Namespace) -> str:
         "claim": options.claim,
         "slices": options.slices,
         "max_restarts": options.max_restarts,
-        "command": ["qwen-jax", *options.arguments, *["--distributed"][:several]],
+        "command": ["qwen-jax", *options.arguments] + ["--distributed"] * several,
         **shape,
     }
     text = template.read_text()
