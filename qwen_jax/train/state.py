@@ -60,12 +60,13 @@ def abstract(
     weights = params.abstract(tree, spec.param_dtype, layout)
     with jax.set_mesh(device_mesh):
         shapes = jax.eval_shape(lambda w: _new(tx, w), weights)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=mesh.sharding(device_mesh, x.sharding.spec)
-        ),
-        shapes,
-    )
+
+    def placed(x):
+        spec = jax.P() if x.sharding is None else x.sharding.spec  # scalars have none
+        layout = mesh.sharding(device_mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
+    return jax.tree.map(placed, shapes)
 
 
 def _new(tx, weights):
