@@ -261,7 +261,7 @@ def _generate(args: argparse.Namespace, _: Any) -> int:
 def _data(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from qwen_jax import tools
 
-    return tools.preview(args, overrides)
+    return tools.preview_data(args, overrides)
 
 
 def _report(args: argparse.Namespace, _: Any) -> int:

@@ -19,6 +19,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -145,6 +146,8 @@ def _train(
         )
     for line in setup.lines:
         say(line)
+    # The step is compiled while the vocabulary is learnt and the data is opened.
+    compiling = futures.ThreadPoolExecutor(1).submit(prepare.compile_step, setup)
     vocabulary = _vocabulary(exp, workdir, sources)
     _check_vocabulary(exp, vocabulary)
     place = prepare.placer(
@@ -186,7 +189,7 @@ def _train(
         )
         if primary:
             part.write_run_json(resolved, sources)
-        made = part.train(now, place, first_step)
+        made = part.train(now, place, compiling.result(), first_step)
     checkpoints.close()
     if made == setup.derivation.num_steps:
         say(f"finished {made} steps; run folder: {workdir}")

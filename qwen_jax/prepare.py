@@ -21,7 +21,7 @@ from qwen_jax import config, experiment, mesh, params
 from qwen_jax.models import attention, decoder, flops
 from qwen_jax.optim import build, derive
 from qwen_jax.plan import chips, micro
-from qwen_jax.train import step
+from qwen_jax.train import state, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,32 @@ def set_up(
         batch.line,
     )
     return exp, Setup(exp, device_mesh, derivation, batch, lines)
+
+
+def abstract_inputs(setup: Setup) -> tuple[Any, dict[str, Any], Any]:
+    """Shapes and shardings of what the compiled step takes: state, batch, bytes_v."""
+    exp, batch = setup.exp, setup.batch
+    place = placer(setup.device_mesh, exp.rules, batch.rows, batch.micro_steps)
+    shape = (batch.micro_steps, batch.micro_rows, exp.data.seq_tokens)
+    dtypes = dict.fromkeys(
+        ("tokens_bt", "targets_bt", "positions_bt", "segments_bt"), jnp.int32
+    )
+    arrays = {
+        key: jax.ShapeDtypeStruct(shape, dtype, sharding=place.sharding)
+        for key, dtype in (dtypes | {"mask_bt": jnp.float32}).items()
+    }
+    whole = mesh.sharding(setup.device_mesh, jax.P())
+    bytes_v = jax.ShapeDtypeStruct((exp.model.vocab_size,), jnp.float32, sharding=whole)
+    now = state.abstract(exp.model, setup.tx, setup.device_mesh, exp.rules)
+    return now, arrays, bytes_v
+
+
+def compile_step(setup: Setup) -> Any:
+    """The training step compiled for exactly this run (seconds to minutes)."""
+    exp = setup.exp
+    fn = step.compile_step(exp.model, setup.tx, exp.rules, setup.step_config)
+    with jax.set_mesh(setup.device_mesh):
+        return fn.lower(*abstract_inputs(setup)).compile()
 
 
 def _names(axes: mesh.Axes) -> tuple[str, ...]:

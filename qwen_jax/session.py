@@ -38,7 +38,7 @@ from qwen_jax.fault import signals
 from qwen_jax.models import decode, flops
 from qwen_jax.optim import schedules
 from qwen_jax.plan import chips
-from qwen_jax.train import loop, state, step
+from qwen_jax.train import loop, state
 
 
 class Session:
@@ -105,13 +105,18 @@ class Session:
         whole.write_text(json.dumps(facts, indent=1) + "\n")
         whole.replace(path)
 
-    def train(self, now: state.State, place: prepare.Placer, first_step: int) -> int:
+    def train(
+        self,
+        now: state.State,
+        place: prepare.Placer,
+        step_fn: Callable[..., Any],
+        first_step: int,
+    ) -> int:
         """The loop and what follows it; returns the number of steps made."""
-        exp, setup, num_steps = self.exp, self.setup, self.setup.derivation.num_steps
+        exp, num_steps = self.exp, self.setup.derivation.num_steps
         self.place = place
         self.skipped = float(now.skipped)
         self._open_logs(first_step)
-        step_fn = step.compile_step(exp.model, setup.tx, exp.rules, setup.step_config)
         hooks = loop.Hooks(
             log=self.log,
             save=self.save,
