@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small verbs: generate from a model folder, preview training data, convert.
+
+`generate` prints the continuation of each prompt; `preview` shows the first packed rows
+of an experiment; `convert` writes a Hugging Face folder from a run's checkpoint (read
+only: the run may be training) or from another model folder, in another dtype.
+Raises: config.InputError for what is missing or does not fit.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+import jax
+
+from qwen_jax import config, experiment, export, main, mesh, models, params
+from qwen_jax.checkpoint import manager
+from qwen_jax.data import corpus, loader, preview, source, tokenizer
+from qwen_jax.models import decode, decoder
+from qwen_jax.models import spec as spec_lib
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise config.InputError(f"--dtype {dtype!r}{config.nearest(dtype, DTYPES)}")
+
+
+def generate(args: argparse.Namespace) -> int:
+    """`qwen-jax generate`: continuations on standard output."""
+    _check_dtype(args.dtype)
+    prompts = list(args.prompt)
+    if args.prompt_file:
+        prompts += _lines(args.prompt_file)
+    if not prompts:
+        raise config.InputError("nothing to continue: give --prompt TEXT (repeatable)")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise config.InputError(
+            f"--temperature {args.temperature} must be at least 0, --top_p "
+            f"{args.top_p} above 0 and at most 1"
+        )
+    folder = pathlib.Path(args.model)
+    if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
+        raise config.InputError(
+            f"{folder} is a run folder: give --model {folder}/export, or make a model "
+            f"of its newest checkpoint with `qwen-jax convert {folder} DIR`"
+        )
+    main.use_compile_cache()
+    spec, weights = models.load(folder, dtype=args.dtype)
+    vocabulary = tokenizer.load(folder)
+    if not spec.eos_ids:
+        spec = dataclasses.replace(spec, eos_ids=(vocabulary.eos_id,))
+    # A model trained here begins every document with its end id; published ones do not
+    # need it, and an empty prompt has nothing else to begin with.
+    begins = [spec.bos_id] if spec.bos_id == vocabulary.eos_id else []
+    ids = [begins + vocabulary.encode(text, allow_special=True) for text in prompts]
+    ids = [one or [vocabulary.eos_id] for one in ids]
+    new = decode.generate(
+        spec,
+        decoder.unstacked(weights) if spec.num_layers <= 12 else weights,
+        ids,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        key=jax.random.key(args.seed),
+    )
+    for prompt, tokens in zip(prompts, new, strict=True):
+        text = vocabulary.decode(tokens)
+        if args.json:
+            print(json.dumps({"prompt": prompt, "text": text, "tokens": len(tokens)}))
+        else:
+            print(prompt + text)
+    return 0
+
+
+def _lines(path: str) -> list[str]:
+    """Prompts of a file, one a line; - reads standard input."""
+    try:
+        text = sys.stdin.read() if path == "-" else pathlib.Path(path).read_text()
+    except OSError as error:
+        raise config.InputError(f"--prompt_file {path}: {error.strerror}") from error
+    return [line for line in text.splitlines() if line]
+
+
+def preview_data(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    """`qwen-jax data preview`: the first packed rows as training would see them."""
+    if args.rows < 1:
+        raise config.InputError(f"--rows {args.rows}: wanted at least 1")
+    exp = experiment.resolve(args.config, overrides, args.data)
+    sources = source.open_sources(exp.data)
+    with tempfile.TemporaryDirectory() as scratch:
+        # The run's own tokenizer where there is one, else one learnt for the look.
+        kept = pathlib.Path(args.workdir) / "tokenizer" if args.workdir else None
+        folder = kept if kept and kept.is_dir() else pathlib.Path(scratch)
+        vocabulary = corpus.prepare_tokenizer(exp.data, folder, sources=sources)
+    batch_rows = max(args.rows, exp.data.streams)
+    rows = loader.Loader(
+        exp.data, vocabulary, batch_rows=batch_rows, seed=exp.seed, sources=sources
+    )
+    try:
+        batch = next(rows)
+        counts = rows.counters()
+    finally:
+        rows.close()
+    color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
+    print(preview.render(batch, vocabulary, counts, num_rows=args.rows, color=color))
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """`qwen-jax convert`: a run or a model folder -> a Hugging Face folder."""
+    if args.dtype:
+        _check_dtype(args.dtype)
+    origin, target = pathlib.Path(args.source), pathlib.Path(args.target)
+    if target.resolve() == origin.resolve():
+        raise config.InputError(f"{target} is the source itself: name another folder")
+    if (origin / "run.json").is_file():
+        spec, weights, vocabulary, what = _of_run(origin, args.step)
+    else:
+        if args.step >= 0:
+            raise config.InputError(f"--step is for run folders, {origin} is none")
+        spec, weights = models.load(origin)
+        vocabulary, what = _tokenizer_of(origin), str(origin)
+    if vocabulary is None:
+        models.save(spec, weights, target, dtype=args.dtype or None)
+    else:
+        export.write(spec, weights, vocabulary, target, args.dtype or None)
+    print(f"{what} -> {target} ({params.count(weights):,} weights)")
+    return 0
+
+
+def _tokenizer_of(folder: pathlib.Path) -> tokenizer.Tokenizer | None:
+    if not (folder / "tokenizer.json").is_file():
+        print(f"{folder} has no tokenizer.json: only weights are written")
+        return None
+    return tokenizer.load(folder)
+
+
+def _of_run(folder: pathlib.Path, step: int) -> tuple[spec_lib.Spec, Any, Any, str]:
+    """(spec, weights, tokenizer, what it is) of a run's checkpoint."""
+    stored = manager.Manager(folder / "checkpoints", read_only=True)
+    meta = stored.read_meta(step if step >= 0 else None)
+    exp = config.freeze(experiment.Experiment, meta["config"])
+    one = mesh.make(mesh.MeshConfig(), jax.devices()[:1])
+    tree = decoder.decoder_params(exp.model)
+    layout = params.shardings(tree, one, exp.rules)
+    target = {"params": params.abstract(tree, exp.model.param_dtype, layout)}
+    kept, meta = stored.restore(target, meta["step"], subset=True)
+    vocabulary = tokenizer.load(folder / "tokenizer")
+    return exp.model, kept["params"], vocabulary, f"step {meta['step']} of {folder}"
