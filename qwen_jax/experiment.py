@@ -43,13 +43,18 @@ MAY_CHANGE = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long and how large; 0 leaves a number to be derived in the open."""
+    """How long and how large; 0 leaves a number to be derived in the open.
+
+    document_mask=False lets the documents of a row see each other, as GPT-style
+    pre-training does; the "cudnn" attention needs that, since it takes no segments.
+    """
 
     num_steps: int = 0
     tokens: int = 0
     batch_tokens: int = 0
     micro_rows: int = 0
     z_loss: float = 0.0
+    document_mask: bool = True
     remat: str = "none"
     loop: str = "scan"
     max_skipped: int = 20
@@ -64,6 +69,11 @@ class TrainConfig:
         if self.num_steps and self.tokens:
             raise ValueError(
                 f"num_steps={self.num_steps} and tokens={self.tokens}: set one of them"
+            )
+        if self.num_steps and not self.batch_tokens:
+            raise ValueError(
+                f"num_steps={self.num_steps} needs batch_tokens, the global batch; or "
+                "give tokens, the length of the run, and leave both open"
             )
         decoder.saved_names(self.remat)
 

@@ -41,7 +41,9 @@ class Setup:
     @property
     def step_config(self) -> step.StepConfig:
         train = self.exp.train
-        return step.StepConfig(train.z_loss, train.loop, train.remat)
+        return step.StepConfig(
+            train.z_loss, train.document_mask, train.loop, train.remat
+        )
 
 
 def set_up(
@@ -55,7 +57,7 @@ def set_up(
     spec = exp.model
     device_mesh = mesh.make(exp.mesh, devices)
     first = device_mesh.devices.flat[0]
-    attention.check_backend(spec, first.platform, packed=True)
+    attention.check_backend(spec, first.platform, packed=exp.train.document_mask)
     if exp.data.seq_tokens > spec.max_positions:
         raise config.InputError(
             f"data.seq_tokens={exp.data.seq_tokens} passes model.max_positions="

@@ -71,7 +71,8 @@ def check_backend(spec: spec_lib.Spec, platform: str, *, packed: bool) -> None:
         if packed:
             raise config.InputError(
                 "attention 'cudnn' takes no segment ids, so packed documents would "
-                f"see each other{instead} (or train on rows of one document each)"
+                f"see each other{instead}, or let them: "
+                "--config.train.document_mask=false"
             )
         if spec.compute_dtype not in ("bfloat16", "float16"):
             raise config.InputError(

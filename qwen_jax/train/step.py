@@ -30,9 +30,10 @@ from qwen_jax.train import state as state_lib
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """How a step computes; none of it changes what it computes."""
+    """What a step computes and how; see experiment.TrainConfig."""
 
     z_loss: float = 0.0
+    document_mask: bool = True
     loop: str = "scan"
     remat: str = "none"
 
@@ -51,8 +52,8 @@ def loss_fn(
         spec,
         params,
         batch["tokens_bt"],
-        positions=batch["positions_bt"],
-        segments=batch["segments_bt"],
+        positions=batch["positions_bt"] if config.document_mask else None,
+        segments=batch["segments_bt"] if config.document_mask else None,
         rules=rules,
         loop=config.loop,
         remat=config.remat,
