@@ -6,6 +6,7 @@ import hashlib
 import html.parser
 import json
 import math
+import pathlib
 import re
 
 import pytest
@@ -28,6 +29,8 @@ def make_run(folder, steps=60, facts=None, loss=lambda step: 9.0 / (1 + step / 9
         "config": {"seed": 1, "train": {"num_steps": 60}, "optim": {"lr_peak": 0.01}},
         "versions": {"jax": "0.10.2"},
         "host": "laptop",
+        "started": "2026-03-04T05:06:07+00:00",
+        "derivation": ["1. tokens = 6,000: given"],
         "gzip_bits_per_byte": 2.5,
     }
     (folder / "run.json").write_text(json.dumps(known | (facts or {})))
@@ -99,7 +102,9 @@ def test_a_finished_run_tells_what_matters(tmp_path):
         "tokens/s 10.0k",
         "MFU 40.0%",
         "time 2m00s",
-        "commit 0123456789, changed · on laptop · jax 0.10.2",
+        "commit 0123456789, changed · on laptop · jax 0.10.2 · started 2026-03-04",
+        "training loss 1.258 mean of last 10",
+        "Why these numbers 1. tokens = 6,000: given",
         "Once upon 20",
         "Once upon 60",
         "40 1.0 MiB",
@@ -111,6 +116,17 @@ def test_a_finished_run_tells_what_matters(tmp_path):
     assert "tmp.60" not in shown.words
     assert shown.tags.count("svg") == 6
     assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_the_command_says_where_the_page_is(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    assert report.main([str(folder)]) == 0
+    assert report.main([str(folder)], str(tmp_path / "x.html")) == 0
+    first, second = capsys.readouterr().out.split()
+    assert first == str(folder / "report.html") and second == str(tmp_path / "x.html")
+    assert all(
+        pathlib.Path(p).read_text().endswith("</html>\n") for p in (first, second)
+    )
 
 
 def test_the_page_needs_and_allows_nothing_from_outside(tmp_path):

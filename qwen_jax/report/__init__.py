@@ -50,3 +50,9 @@ def write(
             f"{out}: cannot be written ({error.strerror}); give another place with --out"
         ) from error
     return out
+
+
+def main(workdirs: Sequence[str], out: str = "") -> int:
+    """`qwen-jax report`: write the page and say where it is."""
+    print(write(workdirs, out or None))
+    return 0

@@ -69,6 +69,7 @@ def _one(run: record.Run, now_s: float) -> str:
         _section("Checkpoints", _checkpoints(run)),
         _section("Data", _data(run)),
         _section("What to type next", _commands(run)),
+        _section("Why these numbers", _derivation(run)),
         _section("What ran", _facts(run)),
         _configuration(run),
     ]
@@ -121,7 +122,7 @@ def _byline(run: record.Run) -> str:
         f"commit {commit}{', changed' if facts.get('dirty') else ''}" if commit else "",
         f"on {facts['host']}" if facts.get("host") else "",
         f"jax {jax}" if jax else "",
-        f"started {facts['started']}" if facts.get("started") else "",
+        f"started {_date(facts['started'])}" if facts.get("started") else "",
     ]
     return " · ".join(word for word in said if word)
 
@@ -188,8 +189,7 @@ def _timeline(run: record.Run) -> str:
     known = ("step", "event", "time", "data", "counters")
     rows = []
     for row in run.events():
-        when = row.get("time", "")
-        when = _date(when) if isinstance(when, int | float) else when
+        when = _date(row.get("time", ""))
         said = ", ".join(f"{k} {v}" for k, v in row.items() if k not in known)
         rows.append([_e(row["event"]), f"{row['step']:,}", _e(when), _e(said)])
     return _table(rows, ["event", "step", "time", ""])
@@ -228,9 +228,18 @@ def _commands(run: record.Run) -> str:
     return "".join(f"<p>{what}</p><pre>{_e(line)}</pre>" for what, line in lines)
 
 
+def _derivation(run: record.Run) -> str:
+    """The lines a run prints at its start."""
+    lines = run.facts.get("derivation")
+    if not isinstance(lines, list):
+        return ""
+    return "".join(f"<p>{_e(line)}</p>" for line in lines)
+
+
 def _facts(run: record.Run) -> str:
-    """run.json but for the configuration."""
-    facts = {k: v for k, v in run.facts.items() if k not in ("config", "resume")}
+    """run.json but for what has a place of its own."""
+    apart = ("config", "resume", "derivation")
+    facts = {k: v for k, v in run.facts.items() if k not in apart}
     rows = [[_e(k), _e(v)] for k, v in config.flatten(facts).items()]
     return _table([*rows, ["folder", _e(run.folder)]], [])
 
@@ -267,6 +276,12 @@ def _e(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _date(when_s: float) -> str:
-    when = datetime.datetime.fromtimestamp(when_s, datetime.UTC)
+def _date(when: Any) -> str:
+    """Seconds since 1970 or ISO text -> text to read; other text as it is."""
+    try:
+        if isinstance(when, str):
+            when = datetime.datetime.fromisoformat(when).timestamp()
+        when = datetime.datetime.fromtimestamp(when, datetime.UTC)
+    except (ValueError, TypeError, OverflowError, OSError):
+        return str(when)
     return when.strftime("%Y-%m-%d %H:%M:%S UTC")

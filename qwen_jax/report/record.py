@@ -94,7 +94,7 @@ class Run:
             best = "the best so far" if lowest == held[-1] else best
         if held and self.gzip() > 0:
             versus = f"model: {held[-1][1] / self.gzip():.0%} of that"
-        tail = [y for _, y in loss[-math.ceil(len(loss) / 20) :]]
+        tail = [y for _, y in loss[-max(math.ceil(len(loss) / 20), 10) :]]
         return {
             "held-out bits/byte": (f"{held[-1][1]:.3f}" if held else "–", best),
             "gzip -9 bits/byte": (
