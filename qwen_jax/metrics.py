@@ -10,7 +10,8 @@ Formats: {"step": int, key: number | text | bool | null | nested}; a line with t
 "event" belongs to the timeline (start, resume, stop) and is never dropped. NaN and the
 infinities are the texts "nan", "inf", "-inf", so that each line is valid JSON; `read`
 turns exactly these back to floats.
-Units: names say them (`tokens_per_s`, `step_s`); mfu and shares are 0 to 1; loss in nats.
+Units: names say them (`tokens_per_s`, `step_s`); mfu and shares are 0 to 1; loss in
+nats.
 Invariants: every line in the file is whole (a line cut by a crash is dropped and
 counted when the file is opened again); floats are written with all their digits, so
 equal losses are equal bytes; a tracker that fails is switched off, told once, and never
@@ -86,7 +87,7 @@ class Writer:
         """function(*args); a tracker that fails in any way is told of and let go."""
         try:
             function(*args)
-        except Exception:  # noqa: BLE001  (it is someone else's code: anything may come)
+        except Exception:
             self._trackers.remove(tracker)
             name = getattr(tracker, "__name__", type(tracker).__name__)
             _log.exception("tracker %s failed and is off, training goes on", name)

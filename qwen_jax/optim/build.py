@@ -6,16 +6,17 @@
     p <- p - lr(step) * (u + weight_decay * p)              decay only where labelled
 
 Source: AdamW, Loshchilov and Hutter (arXiv 1711.05101), decay multiplied by lr as in
-optax and PyTorch; Muon, see `muon.py`. Which weight is what is told by a tree of labels:
-"matrix" (decays; Muon's if Muon is chosen), "vector" (norms and biases: AdamW, never
-decays), "embedding" (anything with a vocabulary dim, the output head too: AdamW; decays
-only with `decay_embedding`, since without it embeddings keep their norm, OLMo 2, arXiv
-2501.00656).
+optax and PyTorch; Muon, see `muon.py`. Which weight is what is told by a tree of
+labels: "matrix" (decays; Muon's if Muon is chosen), "vector" (norms and biases: AdamW,
+never decays), "embedding" (anything with a vocabulary dim, the output head too: AdamW;
+decays only with `decay_embedding`, since without it embeddings keep their norm, OLMo 2,
+arXiv 2501.00656).
 
 Shapes: any tree; layers may be stacked, see `label_tree` for how names tell the dims.
 Invariants: state and arithmetic are float32 whatever the weights are; a step is a pure
 function of (gradients, state, weights); nothing here accumulates gradients.
-Raises: config.InputError for unknown names, for a leaf whose name does not tell its dims.
+Raises: config.InputError for unknown names, for a leaf whose name does not tell its
+dims.
 """
 
 import dataclasses

@@ -15,9 +15,9 @@ Sources:
   Muon       the same lr, its updates having AdamW's RMS: Liu et al. (arXiv 2502.16982)
   averaging  1 / (lr weight_decay) steps: Wang and Aitchison (arXiv 2405.13698)
 Deviations: a warm-up is at most a tenth of the run, or short runs would never reach
-their peak; Step Law was fitted on about 60M to 1B weights and 2B to 100B tokens: outside
-of that the printed line says extrapolated, and the rate never passes 2^-7, the largest
-of the law's own search.
+their peak; Step Law was fitted on about 60M to 1B weights and 2B to 100B tokens:
+outside of that the printed line says extrapolated, and the rate never passes 2^-7, the
+largest of the law's own search.
 
 Units: tokens are target tokens; batch_tokens is the global batch of one update.
 Invariants: batch_tokens is a multiple of round_to; num_steps is at least 1; the optim

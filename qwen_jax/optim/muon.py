@@ -17,8 +17,8 @@ where the weight lies; for the iteration layers are dealt to devices with one al
 and come back with another, so nothing is communicated inside the loop.
 
 Shapes: leaves [..., m, n], everything before the last two dims is stacked (layers,
-experts): each [m, n] is a matrix of its own. `split` tells where a side of the matrix is
-several dims (heads and their width).
+experts): each [m, n] is a matrix of its own. `split` tells where a side of the matrix
+is several dims (heads and their width).
 Invariants: float32; one state array per weight (AdamW has two).
 Raises: config.InputError for a leaf without two dims.
 """

@@ -47,7 +47,7 @@ def write(
         os.replace(part, out)
     except OSError as error:
         raise config.InputError(
-            f"{out}: cannot be written ({error.strerror}); give another place with --out"
+            f"{out}: cannot be written ({error.strerror}); choose another with --out"
         ) from error
     return out
 

@@ -51,8 +51,8 @@ def render(runs: Sequence[record.Run], now_s: float) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{_e(title)} · qwen_jax</title><style>{style}</style></head>"
-        f"<body><main>{body}<footer>Written {_date(now_s)} by qwen_jax. This file loads "
-        f"nothing.</footer></main><script>{script}</script></body></html>\n"
+        f"<body><main>{body}<footer>Written {_date(now_s)} by qwen_jax. This file "
+        f"loads nothing.</footer></main><script>{script}</script></body></html>\n"
     )
 
 

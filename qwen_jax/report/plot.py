@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Curves over the step as one HTML figure with inline SVG.
 
-A long curve is drawn as means of neighbouring points with their lowest and highest as a
-band. The vertical axis turns logarithmic by itself when most of a positive curve lies in
-the lowest quarter. Colours come from page.css; page.js writes the values under the
+A long curve is drawn as means of neighbouring points with their lowest and highest as
+a band. The vertical axis turns logarithmic by itself when most of a positive curve lies
+in the lowest quarter. Colours come from page.css; page.js writes the values under the
 pointer into the caption.
 
 Shapes: points are (step, value), steps ascending. Pixels are of a WIDTH x HEIGHT box.
@@ -141,7 +141,7 @@ def _spots(curves: list, x_at: Scale) -> str:
 
 
 def _legend(series: Sequence[Series]) -> str:
-    """Swatch, label and room for the value under the pointer; one curve needs no name."""
+    """Swatch, label, room for the value under the pointer; one curve needs no name."""
     if len(series) == 1:
         return "<span><output></output></span>"
     return "".join(

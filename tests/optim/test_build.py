@@ -39,12 +39,19 @@ NUM_STEPS = 20
 def tree(seed: int, scale: float = 1.0):
     """A tree like a model's, drawn in float32 and returned in float64."""
     rng = np.random.default_rng(seed)
-    draw = lambda s: np.float64(np.float32(scale * rng.standard_normal(s)))
+
+    def draw(shape):
+        return np.float64(np.float32(scale * rng.standard_normal(shape)))
+
     return jax.tree.map(draw, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def f32(values):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), values)
+
+
+def matrices(values):
+    return {k: values["layers"][k] for k in ("q_ldn", "down_lfd")}
 
 
 def record(**fields) -> build.OptimConfig:
@@ -239,9 +246,11 @@ def test_state_has_no_array_that_is_not_needed(name):
     """AdamW keeps two numbers a weight, Muon one for its matrices."""
     params = f32(tree(0))
     state = jax.eval_shape(build.build(record(name=name), NUM_STEPS).init, params)
-    size = lambda t: sum(x.size for x in jax.tree.leaves(t) if x.ndim)
-    matrices = size({k: params["layers"][k] for k in ("q_ldn", "down_lfd")})
-    saved = matrices if name == "muon" else 0
+
+    def size(values):
+        return sum(x.size for x in jax.tree.leaves(values) if x.ndim)
+
+    saved = size(matrices(params)) if name == "muon" else 0
     assert size(state) == 2 * size(params) - saved
 
 
@@ -276,7 +285,6 @@ def test_muon_equals_optax():
         1.0, muon_weight_dimension_numbers=dims, consistent_rms=0.2
     )
     params, ours = f32(tree(0)), muon.scale_by_muon()
-    matrices = lambda t: {k: t["layers"][k] for k in ("q_ldn", "down_lfd")}
     want_state, state = reference.init(params), ours.init(matrices(params))
     reference_update, update = jax.jit(reference.update), jax.jit(ours.update)
     for i in range(4):
@@ -289,7 +297,7 @@ def test_muon_equals_optax():
 
 @pytest.mark.parametrize("sizes", [None, (1, 2, 4)])
 def test_heads_and_their_width_are_one_side_of_a_matrix(sizes):
-    """q_ldnk moves as the matrix [d, n * k] does, o_lnkd as [n * k, d], on a mesh too."""
+    """q_ldnk moves as the matrix [d, n * k] does, o_lnkd as [n * k, d]."""
     rng = np.random.default_rng(3)
     values = {
         "q_ldnk": rng.standard_normal((2, 8, 4, 6)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derived numbers against the published rules worked by hand, and their printed lines."""
+"""Derived numbers against the published rules worked by hand, and what is printed."""
 
 import math
 

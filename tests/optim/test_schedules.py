@@ -47,7 +47,7 @@ def test_joints(schedule):
 
 
 def test_exact_at_large_steps():
-    """Steps above 2^24 still differ from their neighbours' progress, not rounded off."""
+    """Steps above 2^24 still differ in progress from their neighbours."""
     n = 2**27
     lr = schedules.make(optim(schedule="wsd", warmup_steps=0, decay_steps=100), n)
     got = [float(lr(n - 100 + i)) for i in range(101)]
