@@ -101,10 +101,9 @@ def packages(requirements: list[Any]) -> dict[str, str | None]:
 
 def extras(requirements: list[Any]) -> dict[str, dict[str, Any]]:
     """Extra -> what it lacks here, and the command that adds it."""
-    try:
-        names = metadata.metadata("qwen_jax").get_all("Provides-Extra") or []
-    except metadata.PackageNotFoundError:
+    if not requirements:
         return {}
+    names = metadata.metadata("qwen_jax").get_all("Provides-Extra") or []
     found = {}
     for extra in sorted(set(names) - set(NOT_FOR_USERS)):
         missing = _missing(requirements, extra)
