@@ -110,19 +110,38 @@ def start_write(
         storable[name] = leaf if isinstance(leaf, jax.Array) else np.array(leaf)
     if not storable:
         return []
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=ocdbt, use_zarr3=True, use_compression=compress
+    spec = ocp.args.PyTreeSave(storable)
+    return _run(_handler(ocdbt, compress).async_save(epath.Path(folder), args=spec))
+
+
+def _handler(ocdbt: bool, compress: bool = False) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's writer and reader, with its choices for jax arrays made here."""
+    write_array = ocp.type_handlers.ArrayHandler(
+        # Sharing a replicated array's writing among its replicas compiles one slice
+        # per array and replica inside the first save (seconds of blocking on a mesh of
+        # 8), and inside one process gains nothing. Between processes it does, when the
+        # slices are large.
+        use_replica_parallel=jax.process_count() > 1,
+        min_slice_bytes_for_replica_parallel=32 << 20,
+        # The files of shardings and layouts are for readers that bring none.
+        enable_write_sharding_file=False,
+        array_metadata_store=None,
     )
-    return _run(
-        handler.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(storable))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, write_array)
+    )
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=ocdbt,
+        use_zarr3=True,
+        use_compression=compress,
+        type_handler_registry=registry,
     )
 
 
 def finish_write(folder: pathlib.Path) -> None:
     """After every process has written: merge the per-process parts (primary only)."""
     if any(folder.glob("ocdbt.process_*")):
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
-        handler.finalize(epath.Path(folder))
+        _handler(ocdbt=True).finalize(epath.Path(folder))
 
 
 def mismatches(stored: Table, wanted: Table, *, subset: bool) -> list[str]:
@@ -163,9 +182,9 @@ def read(folder: pathlib.Path, abstract: Any) -> Any:
                 sharding=sharding, global_shape=shape, dtype=dtype
             )
     if items:
-        handler = ocp.PyTreeCheckpointHandler(use_zarr3=True)
         spec = ocp.args.PyTreeRestore(items, restore_args=args, partial_restore=True)
-        restored |= handler.restore(epath.Path(folder), args=spec)
+        # Whether the files are OCDBT is read from them.
+        restored |= _handler(ocdbt=True).restore(epath.Path(folder), args=spec)
     for name, leaf in wanted.items():
         if isinstance(leaf, bool | int | float):
             restored[name] = type(leaf)(restored[name].item())

@@ -202,6 +202,21 @@ def test_donated_and_overwritten_leaves_do_not_reach_the_files(tmp_path):
             assert (got["host"] == step).all()
 
 
+def test_saving_compiles_nothing(tmp_path, caplog):
+    """Replicated leaves included: a compile there would block the training loop."""
+    mesh = mesh_of(4, 2)
+    tree = {
+        "replicated": jax.device_put(jnp.ones((64, 48)), NamedSharding(mesh, P())),
+        "half": jax.device_put(jnp.ones((64, 40)), NamedSharding(mesh, P("fsdp"))),
+    }
+    with jax.log_compiles(), manager.Manager(tmp_path) as m:
+        jax.jit(lambda x: x + 3)(jnp.ones(3))
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        m.save(1, tree, {}, wait=True)
+        assert "Compiling" not in caplog.text
+
+
 def test_a_restored_tree_can_be_donated_while_it_is_saved_again(tmp_path):
     update = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
     tree = {"x": jnp.zeros((256, 256)), "n": jnp.int32(0)}
