@@ -4,12 +4,15 @@
 import ast
 import os
 import pathlib
+import random
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,13 +27,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_both(folder):
-    """[facts of process 0, facts of process 1]; Gloo's own lines are left out."""
+def start_both(folder, *words):
     port = str(free_port())
     env = os.environ | {"PYTHONPATH": str(WORKER.parents[2])}
-    both = [
+    return [
         subprocess.Popen(
-            [sys.executable, WORKER, str(rank), port, folder],
+            [sys.executable, WORKER, str(rank), port, folder, *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -38,6 +40,11 @@ def run_both(folder):
         )
         for rank in range(2)
     ]
+
+
+def run_both(folder):
+    """[facts of process 0, facts of process 1]; Gloo's own lines are left out."""
+    both = start_both(folder)
     try:
         outputs = [process.communicate(timeout=90) for process in both]
     finally:
@@ -102,3 +109,30 @@ def test_one_process_two_processes_one_process(tmp_path):
             assert np.asarray(got[name]).tobytes() == want.tobytes()
         _, meta = m.restore(like, 3)
         assert meta["local"] == local
+
+
+@pytest.mark.slow
+def test_killing_either_process_or_both_while_they_save(tmp_path):
+    """The survivor of a killed peer must not make a step of half of the shards."""
+    rng = random.Random(0)
+    newest = 0
+    for _ in range(8):
+        both = start_both(tmp_path, "loop")
+        try:
+            line = both[0].stdout.readline()
+            while line and not line.startswith("0: saved"):
+                line = both[0].stdout.readline()
+            assert line, both[0].communicate()[1] + both[1].communicate()[1]
+            assert int(line.split()[-1]) >= newest, f"step {newest} was lost"
+            time.sleep(rng.uniform(0, 2))
+            first = rng.randrange(2)
+            both[first].kill()
+            time.sleep(rng.choice([0, 0, 0.5]))
+        finally:
+            for process in both:
+                process.kill()
+        out = both[0].communicate()[0].splitlines() + [line]
+        both[1].communicate()
+        steps_saved = [int(x.split()[-1]) for x in out if x.startswith("0: saved")]
+        newest = max(newest, *steps_saved)
+    assert newest > 0

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One of two processes that restore, save, fail and fall back together.
 
-Called by test_processes as `worker_processes.py RANK PORT FOLDER`; the folder holds
-step 1, written by one process. Prints lines "RANK: fact" that the test compares.
+Called by test_processes as `worker_processes.py RANK PORT FOLDER`, where the folder
+holds step 1, written by one process; prints lines "RANK: fact" that the test compares.
+With a fourth argument it checks what is there and then saves until it is killed.
 """
 
 import hashlib
@@ -131,13 +132,31 @@ def main(rank, folder):
     tell("done", m.all_steps())
 
 
+def save_until_killed(rank, folder):
+    """Print "saved N" after each step that is visible."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"))
+    m = manager.Manager(folder, keep=2, timeout_s=60)
+    left = sorted(os.listdir(folder))
+    if not all(name.isdigit() for name in left):
+        raise RuntimeError(f"leftovers: {left}")
+    latest = m.latest() or 0
+    if latest:
+        tree, meta = m.restore(abstract(host_tree(0), mesh))
+        if meta["step"] != latest or not shards_equal(tree, host_tree(latest)):
+            raise RuntimeError(f"step {latest} came back as {meta}")
+    print(f"{rank}: saved {latest}", flush=True)
+    for step in range(latest + 1, 10**6):
+        m.save(step, placed(host_tree(step), mesh), {}, local={"rank": rank}, wait=True)
+        print(f"{rank}: saved {step}", flush=True)
+
+
 if __name__ == "__main__":
     rank, port = int(sys.argv[1]), sys.argv[2]
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"127.0.0.1:{port}", NUM_PROCESSES, rank)
     try:
-        main(rank, sys.argv[3])
+        (save_until_killed if len(sys.argv) > 4 else main)(rank, sys.argv[3])
         code = 0
     except BaseException:  # noqa: BLE001 - an ordinary exit would wait for the peer
         traceback.print_exc()
