@@ -11,6 +11,7 @@ work failed, 2 a mistake of the user's, 130 interrupted where there is nothing t
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,12 @@ from typing import Any, NoReturn
 
 from qwen_jax import __version__, config
 
+DISK = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of the quota",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "change the permissions or choose another folder",
+}
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -212,6 +219,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `qwen-jax ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in DISK:  # a fault of the program
+            raise
+        what = f"{error.filename}: " if error.filename else ""
+        fix = f"{DISK[error.errno]}, then give the same command again"
+        print(f"error: {what}{error.strerror}; {fix}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

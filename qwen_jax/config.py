@@ -111,7 +111,7 @@ def _parse(text: str, old: Any, key: str) -> Any:
         raise InputError(
             f"--config.{key}={text}: wanted a value like {old!r} ({_kind(old)})"
         ) from None
-    if isinstance(old, int) and isinstance(value, float) and value == int(value):
+    if isinstance(old, int) and isinstance(value, float) and value.is_integer():
         return int(value)  # 1e6 for a count of steps or tokens
     if isinstance(old, int | float) and not isinstance(value, int | float):
         raise InputError(f"--config.{key}={text}: wanted a number like {old!r}")
@@ -207,7 +207,7 @@ def _coerce(hint: Any, value: Any, at: str) -> Any:
         return {k: _coerce(inner, v, f"{at}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is int and isinstance(value, float) and value == int(value):
+    if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if hint in (int, float, str, bool):
         wrong = not isinstance(value, hint)

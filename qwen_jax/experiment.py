@@ -38,6 +38,9 @@ MAY_CHANGE = (
     "log.*",
     "data.num_workers",
     "data.max_bad_share",
+    "data.read_threads",
+    "data.cache_dir",
+    "export",
 )
 
 

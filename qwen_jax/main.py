@@ -13,23 +13,25 @@ Raises: config.InputError for the user's mistakes (the command line turns it int
 code 2), checkpoint.manager.SaveError when the last save fails.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
 import jax
 
-from qwen_jax import config, experiment, models, prepare, session
-from qwen_jax.checkpoint import agree, compatible, lock, manager
+from qwen_jax import checks, config, experiment, metrics, models, prepare, session
+from qwen_jax.checkpoint import agree, lock, manager, saving, steps
 from qwen_jax.data import corpus, loader, source, tokenizer
 from qwen_jax.fault import signals
-from qwen_jax.models import decoder
-from qwen_jax.train import state
+from qwen_jax.train import loop, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +110,60 @@ def run(options: Options) -> int:
     sources = source.open_sources(exp.data)  # missing files are told before JAX starts
     start_jax(options)
     primary = jax.process_index() == 0
-    held = lock.acquire(workdir, options.takeover) if primary else None
     say = print if primary and not options.quiet else lambda *_: None
+    with _ending_together():
+        held = lock.acquire(workdir, options.takeover) if primary else None
+        try:
+            with signals.Stopper(grace_s=None) as stopper:
+                _nothing_to_save(stopper, held, options)
+                return _train(exp, options, workdir, sources, stopper, held, say)
+        except saving.SaveError as error:
+            raise config.InputError(f"{error}; then {_go_on(options)}") from error
+        except loop.TooManySkipped as error:
+            print(f"error: {error}; then {_go_on(options)}", file=sys.stderr)
+            return 1
+        finally:
+            if held is not None:
+                held.release()
+
+
+@contextlib.contextmanager
+def _ending_together() -> Iterator[None]:
+    """A process of many that fails leaves at once: an ordinary exit would wait about
+    100 s for its peers, and they for it."""
     try:
-        with signals.Stopper(grace_s=None) as stopper:
-            return _train(exp, options, workdir, sources, stopper, held, say)
-    finally:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(error, config.InputError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        if jax.process_index() == 0:
+            time.sleep(1)  # the coordinator's end aborts the others: let them speak
+        signals.leave(2 if isinstance(error, config.InputError) else 1)
+
+
+def _nothing_to_save(
+    stopper: signals.Stopper, held: lock.Lock | None, options: Options
+) -> None:
+    """Until the first step is made, one signal ends the run at once: nothing is lost,
+    and learning a vocabulary or compiling may take minutes."""
+    if jax.process_count() > 1:
+        return  # the processes agree on a step to stop at
+
+    def leave(name: str) -> None:
         if held is not None:
             held.release()
+        print(f"{name}: nothing new to save; {_go_on(options)}", flush=True)
+        signals.leave(0)
+
+    stopper.at_once = leave
+
+
+def _go_on(options: Options) -> str:
+    return f"go on with:\n  {command(options)}"
 
 
 def _train(
@@ -127,6 +175,7 @@ def _train(
     held: lock.Lock | None,
     say: Callable[[str], None],
 ) -> int:
+    """What is refused is refused first; then compile, restore, train."""
     primary = jax.process_index() == 0
     checkpoints = manager.Manager(
         workdir / "checkpoints",
@@ -135,21 +184,28 @@ def _train(
         guard=held.check if held else None,
     )
     meta = None
-    if checkpoints.latest() is not None:
+    if steps.present(checkpoints.folder):  # all of them damaged is an error, no start
         meta = checkpoints.read_meta(checkpoints.newest_intact())
-        exp = _with_stored(exp, meta["config"])
+        exp = checks.with_stored(exp, meta["config"])
     exp, setup = prepare.set_up(exp)
     resolved = config.thaw(exp)
     if meta is not None:
-        compatible.refuse(
-            meta["config"], resolved, experiment.MAY_CHANGE, where=str(workdir)
-        )
+        checks.resume(meta, resolved, setup, workdir)
+    elif exp.train.init_from:
+        checks.init_from(exp, say)
+    trackers = metrics.trackers(exp.log.trackers, workdir) if primary else []
     for line in setup.lines:
         say(line)
-    # The step is compiled while the vocabulary is learnt and the data is opened.
-    compiling = futures.ThreadPoolExecutor(1).submit(prepare.compile_step, setup)
+    compiling = None
+    if meta is None and not exp.data.tokenizer:
+        checks.learnt_vocabulary(exp)
+        compiling = _compile(setup)  # while the vocabulary is learnt
+        # One that is there is of a run that never saved, perhaps of other settings.
+        if primary:
+            (workdir / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
     vocabulary = _vocabulary(exp, workdir, sources)
-    _check_vocabulary(exp, vocabulary)
+    checks.vocabulary(exp, vocabulary)
+    checks.samples(exp, vocabulary)
     place = prepare.placer(
         setup.device_mesh, exp.rules, setup.batch.rows, setup.batch.micro_steps
     )
@@ -163,17 +219,17 @@ def _train(
         sources=sources,
         bad_records_path=workdir / _own("bad_records.jsonl"),
     )
-    first_step, now = 0, None
+    if meta is not None:
+        batches.restore(loader.merge_states(_distinct(meta["local"])))
+    batches.start()
+    compiling = compiling or _compile(setup)
     with jax.set_mesh(setup.device_mesh):
         if meta is not None:
             target = state.abstract(exp.model, setup.tx, setup.device_mesh, exp.rules)
             now, meta = checkpoints.restore(target, meta["step"])
-            first_step = meta["step"]
-            checkpoints.drop_after(first_step)
-            batches.restore(loader.merge_states(_distinct(meta["local"])))
-            say(f"resuming {workdir} after step {first_step}")
-        batches.start()
-        if now is None:
+            checkpoints.drop_after(meta["step"])
+            say(f"resuming {workdir} after step {meta['step']}")
+        else:
             now = _fresh(exp, setup)
         part = session.Session(
             exp,
@@ -185,16 +241,22 @@ def _train(
             checkpoints,
             stopper,
             say,
+            trackers,
             show_progress=not options.quiet,
         )
         if primary:
             part.write_run_json(resolved, sources)
-        made = part.train(now, place, compiling.result(), first_step)
+        made = part.train(now, place, compiling.result(), meta)
     checkpoints.close()
     if made == setup.derivation.num_steps:
         say(f"finished {made} steps; run folder: {workdir}")
         say(next_commands(options, workdir, exp))
     return 0
+
+
+def _compile(setup: prepare.Setup) -> futures.Future:
+    """The compiled step, made in a thread (XLA lets the others run)."""
+    return futures.ThreadPoolExecutor(1).submit(prepare.compile_step, setup)
 
 
 def _own(name: str) -> str:
@@ -215,38 +277,16 @@ def _distinct(states: list[dict]) -> list[dict]:
     return out
 
 
-def _with_stored(exp: experiment.Experiment, stored: dict) -> experiment.Experiment:
-    """What the run left open takes the values it was started with."""
-    optim, train = exp.optim, exp.train
-    if not optim.lr_peak:
-        optim = dataclasses.replace(optim, lr_peak=stored["optim"]["lr_peak"])
-    if optim.warmup_steps < 0:
-        optim = dataclasses.replace(optim, warmup_steps=stored["optim"]["warmup_steps"])
-    return dataclasses.replace(exp, optim=optim, train=train)
-
-
 def _fresh(exp: experiment.Experiment, setup: prepare.Setup) -> state.State:
     """The state of step 0: random weights, or those of a model folder."""
     weights = None
     if exp.train.init_from:
-        loaded, weights = models.load(
+        _, weights = models.load(
             exp.train.init_from,
             dtype=exp.model.param_dtype,
             device_mesh=setup.device_mesh,
             rules=exp.rules,
         )
-        same = dataclasses.replace(
-            loaded,
-            compute_dtype=exp.model.compute_dtype,
-            attention=exp.model.attention,
-            max_positions=exp.model.max_positions,
-        )
-        if decoder.decoder_params(same) != decoder.decoder_params(exp.model):
-            lines = config.diff(config.thaw(loaded), config.thaw(exp.model))
-            raise config.InputError(
-                f"{exp.train.init_from} is not the model of this run: "
-                + "; ".join(f"{k}: {a} there, {b} here" for k, a, b in lines)
-            )
     return state.create(
         exp.model, setup.tx, setup.device_mesh, exp.rules, exp.seed, weights
     )
@@ -264,15 +304,6 @@ def _vocabulary(exp, workdir: pathlib.Path, sources: Any) -> tokenizer.Tokenizer
     if wrong:
         raise config.InputError(wrong)
     return tokenizer.load(folder)
-
-
-def _check_vocabulary(exp, vocabulary: tokenizer.Tokenizer) -> None:
-    if vocabulary.vocab_size > exp.model.vocab_size:
-        raise config.InputError(
-            f"the tokenizer has {vocabulary.vocab_size:,} ids, the model's vocabulary "
-            f"{exp.model.vocab_size:,}: set --config.model.vocab_size="
-            f"{vocabulary.vocab_size} or another tokenizer"
-        )
 
 
 def command(options: Options) -> str:

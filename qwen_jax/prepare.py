@@ -73,7 +73,8 @@ def set_up(
         batch_tokens=exp.train.batch_tokens,
         round_to=ways * exp.data.seq_tokens,
     )
-    exp = dataclasses.replace(exp, optim=derivation.optim)
+    train = dataclasses.replace(exp.train, batch_tokens=derivation.batch_tokens)
+    exp = dataclasses.replace(exp, optim=derivation.optim, train=train)
     weights = _local_bytes(tree, layout, jnp.dtype(spec.param_dtype).itemsize)
     slots = 3 if exp.optim.name == "muon" else 4  # weights, gradient, moments
     batch = micro.derive(

@@ -12,6 +12,7 @@ Raises: config.InputError from the writer (full disk), manager.SaveError for a f
 save, both out of the loop.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -31,7 +32,7 @@ import jax
 import numpy as np
 
 from qwen_jax import config, export, mesh, metrics, prepare, report, rng
-from qwen_jax.checkpoint import manager
+from qwen_jax.checkpoint import agree, manager
 from qwen_jax.data import corpus, loader, tokenizer
 from qwen_jax.eval import perplexity
 from qwen_jax.fault import signals
@@ -55,15 +56,17 @@ class Session:
         checkpoints: manager.Manager,
         stopper: signals.Stopper,
         say: Callable[[str], None],
+        trackers: list[metrics.Tracker],
         show_progress: bool = True,
     ):
         self.exp, self.setup, self.command, self.workdir = exp, setup, command, workdir
         self.vocabulary, self.batches = vocabulary, batches
         self.checkpoints, self.stopper, self.say = checkpoints, stopper, say
-        self.show_progress = show_progress
+        self.trackers, self.show_progress = trackers, show_progress
         self.primary = jax.process_index() == 0
         self.started_s = self.saved_s = time.monotonic()
         self.tokens = self.skipped = 0.0
+        self.made = 0  # steps made and logged
         self.last_saved: int | None = None
         self.bytes_v = self._bytes_table()
         self.heldout: list[Any] | None = None
@@ -110,13 +113,20 @@ class Session:
         now: state.State,
         place: prepare.Placer,
         step_fn: Callable[..., Any],
-        first_step: int,
+        meta: dict[str, Any] | None,
     ) -> int:
-        """The loop and what follows it; returns the number of steps made."""
+        """The loop and what follows it; returns the number of steps made.
+
+        `meta` is what the restored checkpoint says, None at the beginning.
+        """
         exp, num_steps = self.exp, self.setup.derivation.num_steps
-        self.place = place
-        self.skipped = float(now.skipped)
-        self._open_logs(first_step)
+        self.place, self.skipped = place, float(now.skipped)
+        if meta is not None:
+            self.made, self.tokens = meta["step"], meta["tokens"]
+        # All rates at once: asked for step by step, each would wait for the device.
+        rate = jax.jit(schedules.make(exp.optim, num_steps))
+        self.rates = np.asarray(rate(np.arange(num_steps, dtype=np.int32)))
+        self._open_logs(self.made)
         hooks = loop.Hooks(
             log=self.log,
             save=self.save,
@@ -129,37 +139,34 @@ class Session:
             profile=self.profile,
         )
         stream = loop.prefetch(self.batches, place, self.batches.state)
-        made = first_step
+        failed = True
         try:
-            now, made = loop.loop(
+            self._make_up(hooks, now.params)
+            self.stopper.at_once = None  # from here on there is something to save
+            now, self.made = loop.loop(
                 now,
                 lambda s, batch: step_fn(s, batch, self.bytes_v),
                 stream,
-                first_step=first_step,
+                first_step=self.made,
                 num_steps=num_steps,
                 hooks=hooks,
                 max_skipped=exp.train.max_skipped,
             )
-            if made == num_steps and exp.export:
+            if self.made == num_steps and exp.export:
                 self.export(now.params)
+            failed = False
         finally:
             stream.close()
             self.batches.close()
-            self._end(made, num_steps)
-        return made
+            self._end(num_steps, failed)
+        return self.made
 
     def _open_logs(self, first_step: int) -> None:
         self.writer = self.progress = None
         if not self.primary:
             return
         path = self.workdir / "metrics.jsonl"
-        trackers = metrics.trackers(self.exp.log.trackers, self.workdir)
-        resuming = path.is_file()
-        self.writer = metrics.Writer(path, trackers, resume_step=first_step)
-        rows = (
-            [row for row in metrics.read(path) if "tokens" in row] if resuming else []
-        )
-        self.tokens = rows[-1]["tokens"] if rows else 0.0
+        self.writer = metrics.Writer(path, self.trackers, resume_step=first_step)
         event = "resume" if first_step else "start"
         self.writer.write(first_step, {"event": event, "time": now()})
         self._trim_samples(first_step)
@@ -167,6 +174,28 @@ class Session:
             self.progress = metrics.Progress(self.setup.derivation.num_steps)
         if first_step:
             self._progress("saved", first_step)
+        self.peak  # noqa: B018 - measured now, so that no step's time has it in
+
+    def _make_up(self, hooks: loop.Hooks, weights: Any) -> None:
+        """What the restored step still owes: a run may end between its save and its
+        evaluation or samples."""
+        step, owed = self.made, []
+        if self.primary and step:
+            rows = metrics.read(self.workdir / "metrics.jsonl")
+            path = self.workdir / "samples.jsonl"
+            texts = path.read_text().splitlines() if path.is_file() else []
+            if not any(r["step"] == step and "eval_loss" in r for r in rows):
+                owed.append("evaluation")
+            if not any(_step(text) == step for text in texts):
+                owed.append("samples")
+        owed = agree.from_primary("qwen_jax/owed", owed, 600.0)
+        last = step == self.setup.derivation.num_steps
+        for what, every, make in (
+            ("evaluation", hooks.evaluate_every, hooks.evaluate),
+            ("samples", hooks.sample_every, hooks.sample),
+        ):
+            if what in owed and every and (step % every == 0 or last):
+                make(step, weights)
 
     def _trim_samples(self, first_step: int) -> None:
         """Samples of steps that will be made again are dropped, as in metrics.jsonl."""
@@ -192,7 +221,9 @@ class Session:
         ):
             self.last_saved = self.checkpoints.last_save.step
             self._progress("saved", self.last_saved)
+        self.made = number
         self.tokens += values["targets"]
+        updates = number - 1 - round(self.skipped)  # a skipped step moves no schedule
         self.skipped += values["skipped"]
         if self.writer is None:
             return
@@ -202,7 +233,7 @@ class Session:
             "loss": values["loss"],
             "bits_per_byte": values["bits"] / max(values["bytes"], 1.0),
             "grad_norm": values["grad_norm"],
-            "lr": float(self.schedule(number - 1)),
+            "lr": float(self.rates[updates]),
             "tokens": self.tokens,
             "tokens_per_s": values["targets"] / values["step_s"],
             "mfu": work / values["step_s"] / self.peak,
@@ -216,10 +247,6 @@ class Session:
             row["z_loss"] = values["z_loss"]
         self.writer.write(number, row)
         self._progress("update", number, row)
-
-    @functools.cached_property
-    def schedule(self) -> Callable[[int], float]:
-        return schedules.make(self.exp.optim, self.setup.derivation.num_steps)
 
     @functools.cached_property
     def peak(self) -> float:
@@ -292,13 +319,15 @@ class Session:
         )
         if not self.primary:
             return
-        with (self.workdir / "samples.jsonl").open("a") as file:
-            for prompt, tokens in zip(sampling.prompts, new, strict=True):
-                text = self.vocabulary.decode(tokens)
-                row = {"step": number, "prompt": prompt, "text": text}
-                file.write(json.dumps(row) + "\n")
-                shown = (prompt + text).replace("\n", "\n    ")
-                self._progress("message", f"  sample at step {number}:\n    {shown}")
+        lines = ""
+        for prompt, tokens in zip(sampling.prompts, new, strict=True):
+            text = self.vocabulary.decode(tokens)
+            row = {"step": number, "prompt": prompt, "text": text}
+            lines += json.dumps(row) + "\n"
+            shown = (prompt + text).replace("\n", "\n    ")
+            self._progress("message", f"  sample at step {number}:\n    {shown}")
+        with (self.workdir / "samples.jsonl").open("ab", buffering=0) as file:
+            file.write(lines.encode())  # one write: all samples of a step, or none
 
     def profile(self, number: int) -> None:
         """Start and stop the profiler around the asked steps."""
@@ -315,24 +344,42 @@ class Session:
         """The Hugging Face folder of the final weights."""
         export.write(self.exp.model, weights, self.vocabulary, self.workdir / "export")
 
-    def _end(self, made: int, num_steps: int) -> None:
-        """Close what is open; say how the run ended and how it goes on."""
+    def _end(self, num_steps: int, failed: bool) -> None:
+        """Close what is open; say how the run ended and how it goes on.
+
+        After a failure nothing here may hide it, or wait for a peer that is gone.
+        """
         self._progress("close")
         try:
-            self.checkpoints.wait()
+            if not failed:
+                self.checkpoints.wait()
+            elif jax.process_count() == 1:
+                with contextlib.suppress(manager.SaveError):
+                    self.checkpoints.wait()
+        except manager.SaveError:
+            failed = True
+            raise
         finally:
             if self.writer is not None:
-                done = made == num_steps
-                reason = "finished" if done else self.stopper.reason or "error"
-                event = {"event": "stop", "reason": reason, "time": now()}
-                self.writer.write(made, event | {"counters": self.batches.counters()})
-                self.writer.close()
-                report.write([self.workdir])
-        if made < num_steps and self.stopper.reason:
+                self._close_logs(num_steps, failed)
+        if not failed and self.made < num_steps and self.stopper.reason:
             self.say(
-                f"stopped by {self.stopper.reason} after step {made}; saved. "
+                f"stopped by {self.stopper.reason} after step {self.made}; saved. "
                 f"Go on with:\n  {self.command}"
             )
+
+    def _close_logs(self, num_steps: int, failed: bool) -> None:
+        done = self.made == num_steps and not failed
+        reason = "finished" if done else "error" if failed else self.stopper.reason
+        event = {"event": "stop", "reason": reason, "time": now()}
+        event["counters"] = self.batches.counters()
+        with contextlib.suppress(*[config.InputError] if failed else []):
+            self.writer.write(self.made, event)
+        self.writer.close()
+        try:
+            report.write([self.workdir])
+        except Exception as error:  # a picture of the run, not the run
+            self.say(f"report.html was not written: {error}")
 
 
 def _step(line: str) -> int:

@@ -158,7 +158,8 @@ class Catalog:
         if step is None:
             why = "; ".join(f"step {s}: {w}" for s, w in sorted(self.damaged.items()))
             return config.InputError(
-                f"no intact checkpoint in {self._folder}" + (f" ({why})" if why else "")
+                f"no intact checkpoint in {self._folder}"
+                + (f" ({why}); move that folder away to start anew" if why else "")
             )
         have = ", ".join(map(str, self.good)) or "none"
         return config.InputError(

@@ -59,6 +59,8 @@ class Stopper:
     ):
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("signals can be handled only from the main thread")
+        # While there is nothing to save: called instead of asking for a tidy stop.
+        self.at_once: Callable[[str], None] | None = None
         self.reason = ""  # why the run stops: "SIGTERM", "SIGINT in process 3", ...
         self._say, self._grace_s = say, grace_s
         self._asked = False
@@ -136,6 +138,8 @@ class Stopper:
                 if not first:
                     first, first_s = number, now_s
                     name = signal.Signals(number).name
+                    if (at_once := self.at_once) is not None:
+                        at_once(name)
                     self.request(name)
                     self._say(
                         f"{name}: stopping after this step and saving; "

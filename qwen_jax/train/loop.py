@@ -120,14 +120,14 @@ def loop(
             pending = None
         if saves:
             hooks.save(number, state, position)
+        if stop and number < num_steps:
+            break  # what is due after this save is made up for after the restore
         if evaluates or (hooks.evaluate_every and number == num_steps):
             hooks.evaluate(number, state.params)
         if samples or (hooks.sample_every and number == num_steps):
             hooks.sample(number, state.params)
         if pending is None:
             ended_s = time.monotonic()
-        if stop:
-            break
     return state, number
 
 

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run refuses before it compiles or writes anything, beyond `prepare.set_up`.
+
+Each function raises config.InputError with the value, what was wanted and the fix, or
+returns. `with_stored` fills what a resumed run left open, so that only real differences
+are told.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from qwen_jax import config, experiment, params, prepare
+from qwen_jax.checkpoint import compatible
+from qwen_jax.data import tokenizer
+from qwen_jax.models import decoder, hf
+from qwen_jax.models import spec as spec_lib
+
+
+def with_stored(exp: experiment.Experiment, stored: dict) -> experiment.Experiment:
+    """What the run left open takes the values it was started with."""
+    optim, train = exp.optim, exp.train
+    if not optim.lr_peak:
+        optim = dataclasses.replace(optim, lr_peak=stored["optim"]["lr_peak"])
+    if optim.warmup_steps < 0:
+        optim = dataclasses.replace(optim, warmup_steps=stored["optim"]["warmup_steps"])
+    if not train.batch_tokens:
+        train = dataclasses.replace(train, batch_tokens=stored["train"]["batch_tokens"])
+    return dataclasses.replace(exp, optim=optim, train=train)
+
+
+def resume(
+    meta: dict, resolved: dict, setup: prepare.Setup, workdir: pathlib.Path
+) -> None:
+    """Refuse what the run that made this checkpoint cannot go on with."""
+    # A field that came with a later version has the value it had before: its default.
+    stored = experiment.complete(experiment.Experiment, meta["config"])
+    compatible.refuse(stored, resolved, experiment.MAY_CHANGE, where=str(workdir))
+    if meta["step"] > setup.derivation.num_steps:
+        raise config.InputError(
+            f"the run in {workdir} has made {meta['step']} steps, more than the "
+            f"{setup.derivation.num_steps} asked for: set --config.train.num_steps="
+            f"{meta['step']} or more, or use a new --workdir"
+        )
+
+
+def init_from(exp: experiment.Experiment, say: Callable[[str], None]) -> None:
+    """Refuse a model folder whose weights are not those of this model; say what else
+    differs (another RoPE base may be meant)."""
+    folder = exp.train.init_from
+    there = hf.spec_from_config(hf.read_config(folder))
+    own = ("param_dtype", "compute_dtype", "attention", "max_positions", "init_std")
+    lines = [
+        f"{key} is {a} there, {b} here"
+        for key, a, b in config.diff(config.thaw(there), config.thaw(exp.model))
+        if key not in (*own, "family", "bos_id", "eos_ids")
+    ]
+    if _shapes(there) != _shapes(exp.model):
+        raise config.InputError(
+            f"train.init_from={folder} is not the model of this run: "
+            f"{'; '.join(lines)}; set --config.model.* to its values"
+        )
+    for line in lines:
+        say(f"note: unlike in {folder}, {line}")
+
+
+def _shapes(spec: spec_lib.Spec) -> Any:
+    return params.tree_map(lambda p: p.shape, decoder.decoder_params(spec))
+
+
+def learnt_vocabulary(exp: experiment.Experiment) -> None:
+    """Refuse a vocabulary that would not fit the model before it is learnt."""
+    if exp.data.vocab_size > exp.model.vocab_size:
+        raise config.InputError(
+            f"data.vocab_size={exp.data.vocab_size:,} ids do not fit the model's "
+            f"vocabulary of {exp.model.vocab_size:,}: set --config.model.vocab_size="
+            f"{exp.data.vocab_size} or a smaller --config.data.vocab_size"
+        )
+
+
+def vocabulary(exp: experiment.Experiment, known: tokenizer.Tokenizer) -> None:
+    """Refuse ids that the model's table does not have."""
+    if known.vocab_size > exp.model.vocab_size:
+        raise config.InputError(
+            f"the tokenizer has {known.vocab_size:,} ids, the model's vocabulary "
+            f"{exp.model.vocab_size:,}: set --config.model.vocab_size="
+            f"{known.vocab_size} or another tokenizer"
+        )
+
+
+def samples(exp: experiment.Experiment, known: tokenizer.Tokenizer) -> None:
+    """Refuse samples that would stop the run when their step comes."""
+    sample = exp.sample
+    if not sample.every_steps or not sample.prompts:
+        return
+    longest = 1 + max(len(known.encode(text)) for text in sample.prompts)
+    if longest + sample.max_tokens > exp.model.max_positions:
+        raise config.InputError(
+            f"sample.max_tokens={sample.max_tokens} and a prompt of {longest} tokens "
+            f"pass model.max_positions={exp.model.max_positions}: set "
+            "--config.sample.max_tokens or shorten sample.prompts"
+        )
