@@ -170,7 +170,9 @@ def _find_remote(url: str, choice: _Choice) -> list[File]:
 def _remote_file(url: str, path: str, name: str, info: dict[str, Any]) -> File:
     etag = str(info.get("ETag") or info.get("etag") or info.get("md5Hash") or "")
     times = (info.get(k) for k in ("mtime", "LastModified", "updated", "created"))
-    version = etag or str(next((t for t in times if t is not None), ""))
+    time = next((t for t in times if t is not None), "")
+    # Some stores list a time as a number and tell it as a datetime.
+    version = etag or str(time.timestamp() if hasattr(time, "timestamp") else time)
     return File(name, path, int(info.get("size") or 0), version, etag, url)
 
 
@@ -253,20 +255,26 @@ def blocks(file: File) -> Iterator[bytes]:
 class Broken(Exception):
     """A compressed stream that ends early ("truncated") or makes no sense ("corrupt").
 
-    Never leaves this package: readers turn it into a counted broken record.
+    `sound` is the number of decompressed bytes that can be trusted: of a corrupt stream
+    those before the member (gzip) or frame (zstd) that failed, whose checksum covers
+    all of it. Never leaves this package: it becomes a counted broken record.
     """
+
+    def __init__(self, reason: str, sound: int):
+        super().__init__(reason)
+        self.reason, self.sound = reason, sound
 
 
 def unpacked(name: str, stream: Iterator[bytes]) -> Iterator[bytes]:
     """Decompressed blocks of a .gz or .zst stream (of several members), else as it is.
 
-    Raises Broken("truncated") or Broken("corrupt") after the last good block.
+    Raises Broken after the last block.
     """
     if not name.endswith((".gz", ".zst")):
         yield from stream
         return
     make, errors = _decompressor(name)
-    member = None
+    member, size, sound = None, 0, 0
     for block in stream:
         # Small bites bound the memory a very compressible block can ask for.
         bites = [block[i : i + 65536] for i in range(0, len(block), 65536)]
@@ -275,15 +283,17 @@ def unpacked(name: str, stream: Iterator[bytes]) -> Iterator[bytes]:
             try:
                 out = member.decompress(bites.pop(0))
             except errors:
-                raise Broken("corrupt") from None
+                raise Broken("corrupt", sound) from None
+            size += len(out)
             if out:
                 yield out
             if member.eof:
+                sound = size
                 if member.unused_data:
                     bites.insert(0, member.unused_data)
                 member = None
     if member is not None:
-        raise Broken("truncated")
+        raise Broken("truncated", size)
 
 
 def _decompressor(name: str) -> tuple[Callable[[], Any], type[Exception]]:

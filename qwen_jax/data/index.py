@@ -10,7 +10,7 @@ Deviation: parquet and compressed files need disk for that copy, because a globa
 shuffle reads them in any order (a row group is read thousands of times otherwise).
 
 Invariants: a stream that breaks off adds one bad record at its end ("truncated" or
-"corrupt"), so that the loss is counted; the cuts of a text fall on line ends, or
+"corrupt"), so that the loss is counted, and nothing of a corrupt part is used; the cuts of a text fall on line ends, or
 between two letters where a line is longer than `document_bytes`.
 Raises: InputError for a missing extra or column, or a file that changed while read.
 """
@@ -78,8 +78,11 @@ def scan_lines(
             if copy:
                 copy.write(block)
     except files.Broken as error:
-        reason = str(error)
+        reason, size = error.reason, error.sound
+        if copy:
+            copy.truncate(size)
     offsets = np.concatenate(ends)
+    offsets = offsets[offsets <= size]
     open_tail = size > int(offsets[-1])
     if open_tail or reason:
         offsets = np.append(offsets, np.uint64(size + 1))
@@ -97,7 +100,8 @@ def packed_text(
             try:
                 copy.writelines(files.unpacked(file.name, files.blocks(file)))
             except files.Broken as error:
-                reason = str(error)
+                reason = error.reason
+                copy.truncate(error.sound)
         cuts = text_cuts(files.local_file(str(path), "copy"), document_bytes)
         bad = {str(len(cuts) - 1): reason} if reason else {}
         offsets = np.array([*cuts, cuts[-1]] if reason else cuts, np.uint64)

@@ -24,14 +24,18 @@ not rise.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
 from qwen_jax import config, rng
 
+# Sources of so many records, or fewer, are permuted whole (128 KB an epoch).
+_SMALL = 1 << 16
 Stages = tuple[tuple[int, dict[str, float]], ...]
 
 
@@ -63,30 +67,49 @@ class Mixture:
         parts, shares = [], []
         for source, share in enumerate(self.draws[stage]):
             if share > 0:
-                numbers = grain.MapDataset.source(
-                    _Numbers(source, self.num_records[source])
-                )
                 seed = rng.seed_for(self.seed, f"shuffle/{self.names[source]}")
-                endless = numbers.shuffle(seed=seed).repeat()
+                epochs = _Epochs(source, self.num_records[source], seed)
+                endless = epochs.repeat()
                 parts.append(endless[lane + begun[source] * lanes :: lanes])
                 shares.append(share)
         return grain.MapDataset.mix(parts, shares)
 
 
-class _Numbers:
-    """The records of a source as (source, record) pairs; a RandomAccessDataSource."""
+class _Epochs(grain.MapDataset):
+    """(source, record) in shuffled epochs, as Grain's shuffle and repeat give them.
 
-    def __init__(self, source: int, num_records: int):
-        self.source, self.num_records = source, num_records
+    Grain's shuffle walks 2^16 places of a cipher to find one of few records (0.3 ms for
+    100, 30 ms for one); small sources are permuted whole instead.
+    """
+
+    def __init__(self, source: int, num_records: int, seed: int):
+        super().__init__()
+        self._source, self._num_records, self._seed = source, num_records, seed
+        self._large = None
+        if num_records > _SMALL:
+            self._large = grain.MapDataset.range(num_records).shuffle(seed=seed)
 
     def __len__(self) -> int:
-        return self.num_records
+        return self._num_records
 
-    def __getitem__(self, record: int) -> tuple[int, int]:
-        return self.source, int(record)
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        if self._large is not None:
+            return self._source, int(self._large[index])
+        epoch, place = divmod(index, self._num_records)
+        order = _permutation(self._seed, epoch, self._num_records)
+        return self._source, int(order[place])
 
-    def __repr__(self) -> str:
-        return f"_Numbers({self.source}, {self.num_records})"
+    def __str__(self) -> str:
+        return f"_Epochs({self._source}, {self._num_records})"
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(seed: int, epoch: int, num_records: int) -> np.ndarray:
+    # The legacy generator's stream is frozen by NumPy, so old states keep their order.
+    shuffle = np.random.RandomState(rng.seed_for(seed, f"epoch/{epoch}"))
+    return shuffle.permutation(num_records).astype(np.uint16)
 
 
 def make(
