@@ -22,6 +22,7 @@ that finds no usable document in a whole pass.
 
 import collections
 import dataclasses
+import sys
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
@@ -340,7 +341,8 @@ class RowIterator(grain.DatasetIterator):
 
     def _stop(self) -> None:
         self._lanes = []
-        if self._pool is not None:
+        # A collected iterator calls this when Python ends and threads are gone already.
+        if self._pool is not None and not sys.is_finalizing():
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
