@@ -183,18 +183,18 @@ def _shortened(
 ) -> list[tuple[bool, str]]:
     """The beginning and the end of a long text."""
     total = sum(len(text) for _, text in pieces)
-    if not max_letters or total <= max_letters:
+    half = max(1, max_letters // 2)
+    hidden = total - 2 * half
+    if not max_letters or total <= max_letters or hidden <= 0:
         return list(pieces)
-    half, at, kept = max(1, max_letters // 2), 0, []
+    at, kept = 0, []
     for loss, text in pieces:
-        head = text[: max(0, half - at)]
-        tail_from = max(len(head), total - half - at)
-        tail = text[tail_from:]
-        hidden = tail_from - len(head)
-        if hidden > 0 and at + len(head) <= half <= at + len(text):
-            head += f" ...[{total - 2 * half} letters]... "
-        if head or tail:
-            kept.append((loss, head + tail))
+        told = text[: max(0, half - at)]
+        if at <= half < at + len(text):
+            told += f" ...[{hidden} letters]... "
+        told += text[max(0, half + hidden - at) :]
+        if told:
+            kept.append((loss, told))
         at += len(text)
     return kept
 

@@ -92,13 +92,10 @@ def test_shares_of_the_sources(vocabulary):
 def test_shortening_keeps_the_ends(pieces, max_letters):
     whole = "".join(text for _, text in pieces)
     told = "".join(text for _, text in preview._shortened(pieces, max_letters))
-    if len(whole) <= max_letters:
-        assert told == whole
-        return
     half = max(1, max_letters // 2)
     hidden = len(whole) - 2 * half
-    if hidden <= 0:
-        assert told.replace(" ...[0 letters]... ", "") == whole
+    if len(whole) <= max_letters or hidden <= 0:
+        assert told == whole
     else:
         assert told == f"{whole[:half]} ...[{hidden} letters]... {whole[-half:]}"
 
