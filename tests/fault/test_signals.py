@@ -95,6 +95,14 @@ def test_a_request_from_inside_stops_too(free_handlers):
         assert stopper.reason == "checkpoints fail"
 
 
+def test_while_there_is_nothing_to_save_the_signal_goes_elsewhere(free_handlers):
+    called = []
+    with signals.Stopper(say=lambda text: None) as stopper:
+        stopper.at_once = called.append
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert eventually(lambda: called == ["SIGTERM"])
+
+
 def test_two_signals_within_a_moment_are_one_request(free_handlers):
     """A terminal sends Ctrl-C to a launcher as well, which passes it on."""
     with signals.Stopper(say=lambda text: None) as stopper:
