@@ -46,7 +46,7 @@ def run_both(folder):
     """[facts of process 0, facts of process 1]; Gloo's own lines are left out."""
     both = start_both(folder)
     try:
-        outputs = [process.communicate(timeout=90) for process in both]
+        outputs = [process.communicate(timeout=240) for process in both]
     finally:
         for process in both:
             process.kill()
