@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 
 import pytest
 from hypothesis import given
@@ -192,6 +193,16 @@ def test_what_is_missing_or_broken_is_said(tmp_path, break_it, words):
     folder = make_run(tmp_path / "run")
     break_it(folder)
     assert words in Page(report.write([folder]).read_text()).words
+
+
+def test_what_was_not_asked_for_is_not_missed(tmp_path):
+    facts = {"config": {"sample": {"every_steps": 0}}}
+    folder = make_run(tmp_path / "run", facts=facts)
+    (folder / "samples.jsonl").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    shown = Page(report.write([folder]).read_text()).words
+    assert "samples.jsonl" not in shown and "No finished checkpoint." in shown
+    assert "Start it again: qwen-jax run" in shown and "Go on from" not in shown
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

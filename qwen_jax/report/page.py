@@ -223,7 +223,8 @@ def _commands(run: record.Run) -> str:
     if isinstance(again, list):
         again = shlex.join(map(str, again))
     report = f"qwen-jax report {shlex.quote(str(run.folder))}"
-    lines = [("Go on from the last checkpoint:", again)] if again else []
+    what = "Go on from the last checkpoint:" if run.checkpoints else "Start it again:"
+    lines = [(what, again)] if again else []
     lines.append(("Make this page again:", report))
     return "".join(f"<p>{what}</p><pre>{_e(line)}</pre>" for what, line in lines)
 

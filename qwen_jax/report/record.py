@@ -129,7 +129,7 @@ def load(workdir: pathlib.Path | str) -> Run:
     notes: list[str] = []
     facts = _facts(folder / "run.json", notes)
     rows = _lines(folder / "metrics.jsonl", notes)
-    samples = _lines(folder / "samples.jsonl", notes)
+    samples = _lines(folder / "samples.jsonl", notes if _sampled(facts) else [])
     checkpoints = _checkpoints(folder / "checkpoints")
     if not facts and not rows and not checkpoints:
         raise config.InputError(
@@ -153,6 +153,14 @@ def _facts(path: pathlib.Path, notes: list[str]) -> dict:
     except ValueError:
         notes.append("run.json is not valid JSON and was left out.")
     return {}
+
+
+def _sampled(facts: dict) -> bool:
+    """Whether the run was to write samples; without a configuration: perhaps."""
+    node = facts.get("config")
+    for key in ("sample", "every_steps"):
+        node = node.get(key, True) if isinstance(node, dict) else True
+    return bool(node)
 
 
 def _lines(path: pathlib.Path, notes: list[str]) -> list[dict]:
