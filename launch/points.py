@@ -18,11 +18,18 @@ import math
 import os
 import pathlib
 import re
+import sys
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_jax import config, metrics
+try:
+    from qwen_jax import config, metrics
+except ImportError:  # started by another Python than the one that has it: change over
+    _python = pathlib.Path(__file__).resolve().parent.parent / ".venv/bin/python"
+    if not _python.exists() or pathlib.Path(sys.executable) == _python:
+        sys.exit(f"error: {sys.executable} lacks qwen_jax; run launch/install.sh first")
+    os.execv(_python, [str(_python), *sys.argv])
 
 LOWER_IS_BETTER = re.compile(r"loss|error|perplexity|bits|_s$|bytes")
 

@@ -41,6 +41,9 @@ done
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="$(launch/install.sh)"
+if [[ ":$PATH:" != *":$PWD/$venv/bin:"* ]]; then
+    echo "for the command qwen-jax in this shell: source $PWD/$venv/bin/activate" >&2
+fi
 
 # Huge pages for malloc save 12 % of a training step on a CPU: fresh buffers of some MB
 # otherwise fault in 4 KB at a time. It is read when a process starts, hence here.

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs every point of an experiment file's `sweep(add)` and tells the results.
 
-Usage: .venv/bin/python launch/sweep.py --config experiments/x.py:tiny --workdir DIR
+Usage: launch/sweep.py --config experiments/x.py:tiny --workdir DIR
            [--parallel N] [--launcher local|print|slurm|tpu|gke]
            [--launcher_args "FLAGS"] [--collect] [--resubmit] [--dry_run]
            [--config.KEY=VALUE ...]
@@ -237,7 +237,12 @@ def check(
         flags = [*common, *point.flags]
         pairs = [tuple(f.removeprefix("--config.").split("=", 1)) for f in flags]
         try:
-            config.override(config.load(options.config), pairs)
+            if options.runner:  # what else it can be told, only that command knows
+                config.override(config.load(options.config), pairs)
+            else:
+                from qwen_jax import experiment  # brings JAX, so only when needed
+
+                experiment.resolve(options.config, pairs)
         except config.InputError as error:
             raise config.InputError(f"point {point.name}: {error}") from error
         run = run_arguments(options, point, common)

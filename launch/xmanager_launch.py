@@ -3,7 +3,7 @@
 """Runs an experiment file, or every point of its sweep, as one xmanager experiment.
 
 Usage: launch/install.sh xmanager
-       .venv/bin/python launch/xmanager_launch.py --config experiments/x.py:tiny \
+       launch/xmanager_launch.py --config experiments/x.py:tiny \
            --workdir DIR [--sweep] [--parallel N] [--title TEXT] [--dry_run] \
            [--config.KEY=VALUE ...]
 
@@ -117,6 +117,7 @@ def plan(
 
 def main(argv: list[str]) -> int:
     options, common = parse(argv)
+    options.runner = options.binary
     options.binary = options.binary or str(pathlib.Path(sys.prefix) / "bin/qwen-jax")
     try:
         jobs = plan(options, common)

@@ -33,6 +33,15 @@ def metrics():
     return {"loss": "min", "mfu": "max"}
 """
 
+# The quickstart's own configuration, with a sweep to be added.
+REAL = """
+import runpy
+
+get_config = runpy.run_path("experiments/quickstart.py")["get_config"]
+
+def sweep(add):
+"""
+
 # Writes a step a call, as a run that is resumed would; ends as a file tells it to.
 RUNNER = f"""#!{sys.executable}
 import json, pathlib, signal, sys, time
@@ -250,6 +259,16 @@ def test_unknown_keys_are_refused_before_anything_runs(sweep):
     assert not sweep.workdir.exists()
 
 
+def test_points_are_checked_against_all_that_a_run_can_be_told(sweep):
+    """Keys that the file leaves open are known; wrong ones come with the nearest."""
+    command = [*SWEEP, *sweep.command[2:6], "--dry_run"]
+    sweep.experiment.write_text(REAL + "    add({'train.z_loss': 1})\n")
+    assert "--config.train.z_loss=1" in sweep.shell(*command).stdout
+    sweep.experiment.write_text(REAL + "    add({'train.z_los': 1})\n")
+    done = sweep.shell(*command, code=2)
+    assert "did you mean 'z_loss'" in done.stderr
+
+
 def test_a_file_without_a_sweep_is_refused(sweep):
     sweep.experiment.write_text("def get_config(arg=None): return {}\n")
     assert "no sweep(add)" in sweep(code=2).stderr
@@ -290,23 +309,24 @@ def test_submitted_points_are_not_submitted_twice(sweep):
     shell.stand_in("sbatch", 'cat > /dev/null; echo >> "$SEEN"; echo 7')
     seen = shell.folder / "seen"
     logs = f"--launcher_args=--log_dir {shell.folder / 'logs'}"
-    command = [*sweep.command[:-2], "--launcher", "slurm", logs]
+    sweep.experiment.write_text(REAL + "    for n in (1, 2, 3): add({'seed': n})\n")
+    command = [*SWEEP, *sweep.command[2:6], "--launcher", "slurm", logs]
 
     def submit(*more):
-        shell(*command, *more, cwd=shell.folder, SEEN=str(seen))
+        shell(*command, *more, SEEN=str(seen))
         return len(seen.read_text().splitlines())
 
     assert submit() == 3
     assert {row["state"] for row in rows(sweep).values()} == {"submitted"}
     assert submit() == 3
-    finished = sweep.workdir / "lr=0.1" / "metrics.jsonl"
+    finished = sweep.workdir / "seed=1" / "metrics.jsonl"
     finished.parent.mkdir()
     stop = {"step": 4, "event": "stop", "reason": "finished"}
     lines = [{"step": 4, "loss": 0.5}, stop]
     finished.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert submit("--collect") == 3
-    assert rows(sweep)["lr=0.1"]["state"] == "done"
-    assert rows(sweep)["lr=0.1"]["metrics"]["loss"]["best"] == 0.5
+    assert rows(sweep)["seed=1"]["state"] == "done"
+    assert rows(sweep)["seed=1"]["metrics"]["loss"]["best"] == 0.5
     assert submit("--resubmit") == 5  # the two that are not finished
 
 
