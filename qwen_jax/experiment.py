@@ -58,7 +58,7 @@ class TrainConfig:
     micro_rows: int = 0
     z_loss: float = 0.0
     document_mask: bool = True
-    remat: str = "none"
+    remat: str = "dots"
     loop: str = "scan"
     max_skipped: int = 20
     init_from: str = ""  # a model folder to start from; "" = random weights

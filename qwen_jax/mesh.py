@@ -135,6 +135,33 @@ def einsum(subscripts: str, *operands: jax.Array, out: P, **kwargs) -> jax.Array
     return jnp.einsum(subscripts, *operands, **kwargs)
 
 
+def product(x: jax.Array, w: jax.Array, *, inner: int = 1, out: P) -> jax.Array:
+    """x [b, t, *i] times w [*i, *o] -> [b, t, *o] as ONE product of two matrices.
+
+    `inner` counts the dims in i. Rows and tokens are merged first: the gradient of an
+    einsum with both is a product over two dims, for which XLA on a CPU writes out a
+    transposed copy of the activations (measured: 12-30 % of a training step).
+    """
+    rows, width = x.shape[0] * x.shape[1], math.prod(w.shape[:inner])
+    new = w.shape[inner:]
+    flat = _merged(x, (rows, width), (0, 2))
+    w = _merged(w, (width, math.prod(new)), (0, inner))
+    if not active():
+        return (flat @ w).reshape(*x.shape[:2], *new)
+    y = jnp.einsum("md,df->mf", flat, w, out_sharding=P(out[0], out[2]))
+    return jax.lax.reshape(y, (*x.shape[:2], *new), out_sharding=out)
+
+
+def _merged(x: jax.Array, shape: tuple[int, ...], first: tuple[int, ...]) -> jax.Array:
+    """`x` with neighbouring dims merged; the merged dim lies as its first dim did."""
+    if x.shape == shape:
+        return x
+    if not active():
+        return x.reshape(shape)
+    spec = jax.typeof(x).sharding.spec
+    return jax.lax.reshape(x, shape, out_sharding=P(*(spec[i] for i in first)))
+
+
 def take(table_vd: jax.Array, ids_bt: jax.Array, rules: Rules) -> jax.Array:
     """Rows of an embedding table: [v, d], [b, t] -> [b, t, d] laid out by batch.
 

@@ -168,7 +168,7 @@ def project(p, x_btd, cos_btk, sin_btk, spec, rules):
         w = p[f"{name}_ld{letter}k"].astype(dtype)
         w = mesh.reshard(w, rules.gathered("embed", heads, None))
         out = rules.pspec("batch", None, heads, None)
-        y = mesh.einsum(f"btd,d{letter}k->bt{letter}k", x_btd, w, out=out)
+        y = mesh.product(x_btd, w, out=out)
         if spec.qkv_bias:
             y = y + p[f"{name}_bias_l{letter}k"].astype(dtype)[None, None]
         y = checkpoint_name(y, name)
@@ -188,7 +188,7 @@ def merge(p, out_btnk, rules):
     o_nkd = p["o_lnkd"].astype(out_btnk.dtype)
     o_nkd = mesh.reshard(o_nkd, rules.gathered("heads", None, "embed"))
     out = rules.pspec("batch", None, None)
-    return mesh.einsum("btnk,nkd->btd", out_btnk, o_nkd, out=out)
+    return mesh.product(out_btnk, o_nkd, inner=2, out=out)
 
 
 def over_cache(q_btnk, k_bshk, v_bshk, seg_bt, seg_bs, length, *, window, block=512):

@@ -31,10 +31,10 @@ def mlp(p: dict[str, jax.Array], x_btd: jax.Array, rules: mesh.Rules) -> jax.Arr
     gate_df = mesh.reshard(p["gate_ldf"].astype(dtype), into)
     up_df = mesh.reshard(p["up_ldf"].astype(dtype), into)
     down_fd = mesh.reshard(p["down_lfd"].astype(dtype), rules.gathered("ffn", "embed"))
-    gate_btf = mesh.einsum("btd,df->btf", x_btd, gate_df, out=inner)
-    up_btf = mesh.einsum("btd,df->btf", x_btd, up_df, out=inner)
+    gate_btf = mesh.product(x_btd, gate_df, out=inner)
+    up_btf = mesh.product(x_btd, up_df, out=inner)
     gate_btf = checkpoint_name(gate_btf, "mlp_gate")
     up_btf = checkpoint_name(up_btf, "mlp_up")
     hidden_btf = jax.nn.silu(gate_btf) * up_btf
     out = rules.pspec("batch", None, None)
-    return mesh.einsum("btf,fd->btd", hidden_btf, down_fd, out=out)
+    return mesh.product(hidden_btf, down_fd, out=out)

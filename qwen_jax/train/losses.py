@@ -158,11 +158,14 @@ def _run(x, w, targets, mask, z_coef, chunk, vocab_axes, *, grad: bool) -> Any:
         slope = mask_bc * (1 + 2 * z_coef * lse)
         dlogits = e_bcv * (slope / total)[..., None]
         dlogits = jnp.where(hit, dlogits - mask_bc[..., None], dlogits).astype(x.dtype)
-        dx = jnp.einsum("bcv,vd->bcd", dlogits, w, preferred_element_type=wide)
+        # As matrices: a product over two dims (b, c) would copy dlogits transposed.
+        dlogits = dlogits.reshape(-1, v)
+        dx = jnp.einsum("mv,vd->md", dlogits, w, preferred_element_type=wide)
+        dx = dx.reshape(x_bcd.shape)
         if vocab_axes:
             dx = jax.lax.psum(dx, vocab_axes)
         dw = carry[1] + jnp.einsum(
-            "bcv,bcd->vd", dlogits, x_bcd, preferred_element_type=wide
+            "mv,md->vd", dlogits, x_bcd.reshape(-1, d), preferred_element_type=wide
         )
         return (sums, dw), dx.astype(x.dtype)
 
