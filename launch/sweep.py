@@ -218,7 +218,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--collect", action="store_true", help="only the table")
     parser.add_argument("--resubmit", action="store_true")
     parser.add_argument("--dry_run", action="store_true", help="print the commands")
-    parser.add_argument("--runner", default="", help="another command than qwen-jax")
+    parser.add_argument("--runner", default="", help="another program than qwen-jax")
     common = [a for a in argv if a.startswith("--config.")]
     for flag in common:
         if "=" not in flag:
@@ -289,7 +289,7 @@ def sweep(
 
     def command_of(point: points.Point) -> list[str]:
         run = run_arguments(options, point, common)
-        if options.runner:
+        if options.runner and options.launcher == "local":
             return [*shlex.split(options.runner), *run]
         return launcher_command(options.launcher, options.launcher_args, point, run)
 

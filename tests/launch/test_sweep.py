@@ -259,14 +259,19 @@ def test_unknown_keys_are_refused_before_anything_runs(sweep):
     assert not sweep.workdir.exists()
 
 
-def test_points_are_checked_against_all_that_a_run_can_be_told(sweep):
+def test_points_are_checked_against_all_that_a_run_can_be_told(
+    tmp_path, monkeypatch, capsys
+):
     """Keys that the file leaves open are known; wrong ones come with the nearest."""
-    command = [*SWEEP, *sweep.command[2:6], "--dry_run"]
-    sweep.experiment.write_text(REAL + "    add({'train.z_loss': 1})\n")
-    assert "--config.train.z_loss=1" in sweep.shell(*command).stdout
-    sweep.experiment.write_text(REAL + "    add({'train.z_los': 1})\n")
-    done = sweep.shell(*command, code=2)
-    assert "did you mean 'z_loss'" in done.stderr
+    monkeypatch.chdir(ROOT)
+    experiment = tmp_path / "x.py"
+    flags = ["--config", str(experiment), "--workdir", str(tmp_path), "--dry_run"]
+    experiment.write_text(REAL + "    add({'train.z_loss': 1})\n")
+    assert sweep_command.main(flags) == 0
+    assert "--config.train.z_loss=1" in capsys.readouterr().out
+    experiment.write_text(REAL + "    add({'train.z_los': 1})\n")
+    assert sweep_command.main(flags) == 2
+    assert "did you mean 'z_loss'" in capsys.readouterr().err
 
 
 def test_a_file_without_a_sweep_is_refused(sweep):
@@ -309,24 +314,23 @@ def test_submitted_points_are_not_submitted_twice(sweep):
     shell.stand_in("sbatch", 'cat > /dev/null; echo >> "$SEEN"; echo 7')
     seen = shell.folder / "seen"
     logs = f"--launcher_args=--log_dir {shell.folder / 'logs'}"
-    sweep.experiment.write_text(REAL + "    for n in (1, 2, 3): add({'seed': n})\n")
-    command = [*SWEEP, *sweep.command[2:6], "--launcher", "slurm", logs]
+    command = [*sweep.command, "--launcher", "slurm", logs]
 
     def submit(*more):
-        shell(*command, *more, SEEN=str(seen))
+        shell(*command, *more, cwd=shell.folder, SEEN=str(seen))
         return len(seen.read_text().splitlines())
 
     assert submit() == 3
     assert {row["state"] for row in rows(sweep).values()} == {"submitted"}
     assert submit() == 3
-    finished = sweep.workdir / "seed=1" / "metrics.jsonl"
+    finished = sweep.workdir / "lr=0.1" / "metrics.jsonl"
     finished.parent.mkdir()
     stop = {"step": 4, "event": "stop", "reason": "finished"}
     lines = [{"step": 4, "loss": 0.5}, stop]
     finished.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert submit("--collect") == 3
-    assert rows(sweep)["seed=1"]["state"] == "done"
-    assert rows(sweep)["seed=1"]["metrics"]["loss"]["best"] == 0.5
+    assert rows(sweep)["lr=0.1"]["state"] == "done"
+    assert rows(sweep)["lr=0.1"]["metrics"]["loss"]["best"] == 0.5
     assert submit("--resubmit") == 5  # the two that are not finished
 
 
