@@ -68,7 +68,7 @@ def start(arguments, devices=1, **more):
     )
 
 
-def finish(process, timeout_s=240):
+def finish(process, timeout_s=900):
     """(exit code, standard output, standard error) of a process that ends by itself."""
     try:
         out, err = process.communicate(timeout=timeout_s)
