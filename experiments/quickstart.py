@@ -32,16 +32,16 @@ def get_config(arg=None):
         ],
         "vocab_size": 512 if tiny else 4096,
         "seq_tokens": 64 if tiny else 256,
-        "holdout_share": 0.03,
+        "holdout_share": 0.02,
     }
     c.model = {
         "vocab_size": 512 if tiny else 4096,
-        "width": 32 if tiny else 256,
-        "num_layers": 2 if tiny else 6,
-        "num_heads": 2 if tiny else 4,
-        "num_kv_heads": 1 if tiny else 2,
+        "width": 32 if tiny else 192,
+        "num_layers": 2 if tiny else 4,
+        "num_heads": 2 if tiny else 3,
+        "num_kv_heads": 1,
         "head_width": 16 if tiny else 64,
-        "ffn_width": 64 if tiny else 768,
+        "ffn_width": 64 if tiny else 512,
         "rope_theta": 10_000.0,
         "max_positions": 1024,
     }
@@ -53,18 +53,18 @@ def get_config(arg=None):
         "weight_decay": 0.0,
     }
     c.train = {
-        "num_steps": 20 if tiny else 300,
-        "batch_tokens": 512 if tiny else 4096,
+        "num_steps": 20 if tiny else 400,
+        "batch_tokens": 512 if tiny else 2048,
     }
     c.checkpoint = {"every_steps": 10 if tiny else 100, "every_s": 60.0}
     c.eval = {
         "every_steps": 10 if tiny else 100,
-        "max_tokens": 4096 if tiny else 65_536,
+        "max_tokens": 4096 if tiny else 0,
     }
     c.sample = {
         "every_steps": 10 if tiny else 100,
         "prompts": ["def read_", "import "],
-        "max_tokens": 8 if tiny else 48,
+        "max_tokens": 8 if tiny else 40,
         "temperature": 0.7,
     }
     return c

@@ -93,10 +93,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Held-out text: evaluated every so many steps and at the end; 0 = never."""
+    """Held-out text: evaluated every so many steps and at the end; 0 = never.
+
+    max_tokens = 0 takes all of it, which is what gzip's number beside it is of.
+    """
 
     every_steps: int = 200
-    max_tokens: int = 200_000
+    max_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -295,7 +295,8 @@ class Session:
             process_count=place.count,
             sources=self.batches.sources,
         )
-        most = math.ceil(exp.eval.max_tokens / (batch.micro_rows * exp.data.seq_tokens))
+        each = batch.micro_rows * exp.data.seq_tokens
+        most = math.ceil(exp.eval.max_tokens / each) or len(found.batches)
         self.heldout = [place(rows) for rows in found.batches[:most]]
         self.eval_sums = perplexity.make(exp.model, exp.rules, self.setup.step_config)
 
