@@ -58,6 +58,8 @@ def chip_of(device: Any) -> Chip | None:
 def memory_bytes(device: Any) -> int:
     """Memory one device may use: its allocator's limit, the data sheet, or for a CPU an
     equal share of the machine's memory."""
+    if device.process_index != jax.process_index():  # only our own devices answer
+        device = jax.local_devices()[0]
     stats = getattr(device, "memory_stats", lambda: None)()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
