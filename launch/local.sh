@@ -97,7 +97,7 @@ trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
 
 code=0 deadline_s=""
 while ((${#pids[@]})); do
-    alive=()
+    alive=() failed_now=""
     for pid in "${pids[@]}"; do
         if kill -0 "$pid" 2>/dev/null; then
             alive+=("$pid")
@@ -106,17 +106,19 @@ while ((${#pids[@]})); do
         status=0
         wait "$pid" || status=$?
         if ((status != 0 && code == 0)); then
-            code=$status deadline_s=$((SECONDS + 30))
+            code=$status failed_now=yes
             echo "a process failed with exit code $status; logs: $log_dir" >&2
         fi
     done
     pids=(${alive[@]+"${alive[@]}"})
     # The survivors wait in a collective that cannot end, and a normal exit of theirs can
-    # hang for 100 s in the shutdown of the CPU's collectives: ask, then insist.
-    if [[ -n "$deadline_s" && ${#pids[@]} -gt 0 ]]; then
-        signal=TERM
-        ((SECONDS < deadline_s)) || signal=KILL
-        kill -"$signal" "${pids[@]}" 2>/dev/null || true
+    # hang for 100 s in the shutdown of the CPU's collectives: ask once (a second SIGTERM
+    # ends a run unsaved), later insist.
+    if [[ -n "$failed_now" && ${#pids[@]} -gt 0 ]]; then
+        deadline_s=$((SECONDS + 30))
+        kill -TERM "${pids[@]}" 2>/dev/null || true
+    elif [[ -n "$deadline_s" && ${#pids[@]} -gt 0 ]] && ((SECONDS >= deadline_s)); then
+        kill -KILL "${pids[@]}" 2>/dev/null || true
     fi
     sleep 0.3 || true
 done

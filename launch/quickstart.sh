@@ -49,5 +49,10 @@ fi
 # otherwise fault in 4 KB at a time. It is read when a process starts, hence here.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
+# Where the extra `tpu` is installed JAX looks for a TPU, and complains at length of none.
+if [[ -z "$(compgen -G '/dev/nvidiactl'; compgen -G '/dev/accel*'; compgen -G '/dev/vfio/[0-9]*')" ]]; then
+    export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+fi
+
 exec "$venv/bin/qwen-jax" run --config experiments/quickstart.py \
     --workdir runs/quickstart ${arguments[@]+"${arguments[@]}"}

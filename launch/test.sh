@@ -37,6 +37,11 @@ if [[ "${1:-}" == "--fix" ]]; then
     exit
 fi
 
+# Where the extra `tpu` is installed JAX looks for a TPU, and complains at length of none.
+if [[ -z "$(compgen -G '/dev/nvidiactl'; compgen -G '/dev/accel*'; compgen -G '/dev/vfio/[0-9]*')" ]]; then
+    export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+fi
+
 # Both are told even when the first fails: one run shows all there is to mend.
 failed=""
 "$venv/bin/ruff" format --check --quiet "${layout[@]}" . || failed="ruff format"

@@ -65,6 +65,7 @@ import signal, sys, time
 me = int(sys.argv[-1].rpartition("=")[2])
 def save(*_):
     print("saved", me, flush=True)
+    time.sleep(1)  # a second signal would be seen
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)
 print("up", me, flush=True)
@@ -95,8 +96,8 @@ def test_local_ends_the_others_when_one_fails(shell, local):
     start_s = time.monotonic()
     done = shell(*local, "fail", code=3)
     assert time.monotonic() - start_s < 30
-    assert "exit code 3" in done.stderr and "saved 0" in done.stdout
-    assert "saved 2" in (shell.folder / "logs/process-2.log").read_text()
+    assert "exit code 3" in done.stderr and done.stdout == "up 0\nsaved 0\n"
+    assert (shell.folder / "logs/process-2.log").read_text() == "up 2\nsaved 2\n"
 
 
 def test_local_hands_a_signal_to_every_process(shell, local):
