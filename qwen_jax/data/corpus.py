@@ -23,8 +23,9 @@ from qwen_jax import config
 from qwen_jax.data import packing, source, stream, tokenizer
 
 _READ = 256
-# Enough for a vocabulary of tens of thousands; more text hardly changes the merges.
-_TRAINING_BYTES = 32_000_000
+# Text to learn a vocabulary from, for each of its entries: more hardly changes the
+# merges and is waited for before the first step.
+_TRAINING_BYTES_PER_ID = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ def heldout_bytes(
 
 def texts(
     data: source.DataConfig,
-    max_bytes: int = _TRAINING_BYTES,
+    max_bytes: int,
     *,
     sources: Sequence[source.Source] | None = None,
 ) -> Iterator[str]:
@@ -166,6 +167,9 @@ def prepare_tokenizer(
     if data.tokenizer:
         vocabulary = tokenizer.load(data.tokenizer)
     else:
-        vocabulary = tokenizer.train(texts(data, sources=sources), data.vocab_size)
+        enough = _TRAINING_BYTES_PER_ID * data.vocab_size
+        vocabulary = tokenizer.train(
+            texts(data, enough, sources=sources), data.vocab_size
+        )
     vocabulary.save(folder)
     return vocabulary

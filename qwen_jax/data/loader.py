@@ -22,12 +22,15 @@ changed since the state was taken (named), and too many broken records.
 """
 
 import json
-import logging
 import math
+import multiprocessing
+import os
 import pathlib
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import connection
 from typing import Any
 
 from absl import flags
@@ -127,7 +130,7 @@ class Loader:
             options = grain_multiprocessing.MultiprocessingOptions(
                 num_workers=workers, per_worker_buffer_size=2 * len(states) // workers
             )
-            dataset = dataset.mp_prefetch(options, worker_init_fn=_leave_signals)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_begin_worker)
         self._rows = iter(dataset)
         self._rows.start_prefetch()
 
@@ -231,14 +234,11 @@ class Loader:
     def _list_bad(self, found: Sequence[tuple[str, source.Bad]]) -> None:
         path = pathlib.Path(self._bad_path) if self._bad_path else None
         if path and not self._bad and path.exists():
-            for line in path.read_text().splitlines():
-                if line.endswith("}"):  # a killed run may leave half a line
-                    old = json.loads(line)
-                    self._bad[old["file"], old["offset"]] = old
+            self._bad = _read_list(path)
         lines = []
         for name, bad in found:
-            entry = {"source": name, **bad._asdict()}
             if (bad.file, bad.offset) not in self._bad:
+                entry = {"source": name, **bad._asdict()}
                 self._bad[bad.file, bad.offset] = entry
                 lines.append(json.dumps(entry) + "\n")
         if path and lines:
@@ -341,8 +341,25 @@ def _manifest_key(digest: str) -> str:
     return f"manifest-{digest[:40]}.json"
 
 
-def _leave_signals(worker: int, workers: int) -> None:
-    """Ctrl-C and SIGTERM are the main process's to answer; it stops the workers."""
+def _read_list(path: pathlib.Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The broken records that an earlier run listed; half a last line is cut off."""
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(path, len(whole))
+    entries = map(json.loads, whole.splitlines())
+    return {(entry["file"], entry["offset"]): entry for entry in entries}
+
+
+def _begin_worker(worker: int, workers: int) -> None:
+    """What a reading process does first: Ctrl-C is for the main process to answer, and
+    when that one is killed nobody else would stop its workers."""
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.getLogger().setLevel(logging.WARNING)
+    sentinel = multiprocessing.parent_process().sentinel
+
+    def follow() -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A look at packed rows: ids, text, loss mask, borders of documents, shares, fill.
 
-Pure functions from a batch to text, for `qwen-jax data preview`. With colour (ANSI
-escapes) neighbouring segments differ in colour, and ids without loss are dim; without
-colour the same is told by marks, so that a log keeps all of it.
+Pure functions from a batch to text, for `qwen-jax data preview`. With color (ANSI
+escapes) neighbouring segments differ in color, and ids without loss are dim; without
+color the same is told by marks, so that a log keeps all of it.
 
 Formats: for each row a head (fill, targets, segments), a line for each segment (places,
 first and last ids) and its text. In the text "▏" begins a segment, "⏎" is a line end,
 other control letters are escaped, and what is no target (a prompt, the first id of a
-segment) is dim, or stands in ⟦⟧ where there is no colour.
+segment) is dim, or stands in ⟦⟧ where there is no color.
 Invariants: every input id of a shown segment is counted; nothing else than `batch` and
 the arguments is read.
 """
@@ -20,17 +20,17 @@ import numpy as np
 
 from qwen_jax.data import packing, tokenizer
 
-_COLOURS = ("\033[36m", "\033[33m", "\033[32m", "\033[35m")
+_COLORS = ("\033[36m", "\033[33m", "\033[32m", "\033[35m")
 _DIM, _BOLD, _OFF = "\033[2m", "\033[1m", "\033[0m"
 
 
 def render(
     batch: packing.Rows,
     vocabulary: tokenizer.Tokenizer,
-    *,
-    rows: int = 2,
-    colour: bool = False,
     counters: Mapping[str, int] | None = None,
+    *,
+    num_rows: int = 2,
+    color: bool = False,
     max_letters: int = 1200,
     ids: int = 8,
 ) -> str:
@@ -39,34 +39,34 @@ def render(
     Args:
       batch: a batch of the loader.
       vocabulary: its tokenizer.
-      rows: how many rows to show; the rest is only counted.
-      colour: whether to use ANSI colours.
       counters: Loader.counters(), for the shares of the sources.
+      num_rows: how many rows to show; the rest is only counted.
+      color: whether to use ANSI colors.
       max_letters: of each row's text, shared among its segments; 0 = all of it.
       ids: ids shown at each end of a segment.
     """
-    shown = min(rows, len(batch["tokens_bt"]))
-    parts = [_summary(batch, vocabulary, colour)]
+    shown = min(num_rows, len(batch["tokens_bt"]))
+    parts = [_summary(batch, vocabulary, color)]
     if counters:
         parts.append(_shares(counters))
     for row in range(shown):
-        parts.append(_row(batch, row, vocabulary, colour, max_letters, ids))
+        parts.append(_row(batch, row, vocabulary, color, max_letters, ids))
     left = len(batch["tokens_bt"]) - shown
     if left:
         parts.append(f"({left} more rows)")
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(batch: packing.Rows, vocabulary: tokenizer.Tokenizer, colour: bool) -> str:
-    num_rows, width = batch["tokens_bt"].shape
+def _summary(batch: packing.Rows, vocabulary: tokenizer.Tokenizer, color: bool) -> str:
+    height, width = batch["tokens_bt"].shape
     targets = int(np.count_nonzero(batch["mask_bt"]))
     placed = int(np.count_nonzero(batch["segments_bt"]))
     num_bytes = int(vocabulary.token_bytes[batch["targets_bt"]].sum(where=_in(batch)))
-    head = f"{num_rows} rows of {width} tokens"
-    fill, padding = packing.fill(batch), num_rows * width - placed
+    head = f"{height} rows of {width} tokens"
+    fill, padding = packing.fill(batch), height * width - placed
     segments = int(batch["segments_bt"].max(axis=1, initial=0).sum())
     lines = [
-        f"{_BOLD}{head}{_OFF}" if colour else head,
+        f"{_BOLD}{head}{_OFF}" if color else head,
         f"  fill {fill:.1%}: {placed} places hold a token, {padding} are padding",
         f"  {targets} targets count in the loss, {placed - targets} do not (prompts)",
         f"  {segments} segments; {num_bytes / max(1, placed):.2f} bytes a token",
@@ -102,7 +102,7 @@ def _row(
     batch: packing.Rows,
     row: int,
     vocabulary: tokenizer.Tokenizer,
-    colour: bool,
+    color: bool,
     max_letters: int,
     num_ids: int,
 ) -> str:
@@ -120,11 +120,11 @@ def _row(
         final = batch["targets_bt"][row, places[-1:]]
         mask = batch["mask_bt"][row, places]
         allowed = max_letters // last if max_letters else 0
-        texts.append(_text(inputs, final, mask, vocabulary, segment, colour, allowed))
+        texts.append(_text(inputs, final, mask, vocabulary, segment, color, allowed))
         table.append(_ids_line(segment, places, inputs, final, vocabulary, num_ids))
     if placed < len(segments):
         table.append(f"  padding {placed}..{len(segments) - 1}")
-    head = f"{_BOLD}{head}{_OFF}" if colour else head
+    head = f"{_BOLD}{head}{_OFF}" if color else head
     return "\n".join([head, *table, "", *texts])
 
 
@@ -155,7 +155,7 @@ def _text(
     mask: np.ndarray,
     vocabulary: tokenizer.Tokenizer,
     segment: int,
-    colour: bool,
+    color: bool,
     max_letters: int,
 ) -> str:
     """A segment's ids as text; stretches without loss are marked.
@@ -170,10 +170,10 @@ def _text(
         text = _visible(vocabulary.decode(ids[stretch]))
         pieces.append((bool(counted[stretch[0]]), text))
     pieces = _shortened(pieces, max_letters)
-    if not colour:
+    if not color:
         told = [text if loss else f"⟦{text}⟧" for loss, text in pieces]
         return "▏" + "".join(told)
-    tint = _COLOURS[(segment - 1) % len(_COLOURS)]
+    tint = _COLORS[(segment - 1) % len(_COLORS)]
     told = [f"{tint}{'' if loss else _DIM}{text}{_OFF}" for loss, text in pieces]
     return f"{_BOLD}▏{_OFF}" + "".join(told)
 

@@ -59,7 +59,7 @@ class SourceConfig:
       include, exclude: globs over the relative path or the name; the default leaves out
         hidden files and those whose name says they hold no text.
       document_bytes: a text file longer than this is cut at line ends into documents
-        of about this size; 0 = never.
+        of about this size (each is held out or not by itself); 0 = never.
     """
 
     path: str

@@ -5,6 +5,9 @@ import collections
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -80,6 +83,7 @@ def same(a, b):
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         assert x.keys() == y.keys() == packing.DTYPES.keys()
+        assert {type(array) for array in x.values()} == {np.ndarray}
         for key in x:
             np.testing.assert_array_equal(x[key], y[key])
 
@@ -310,6 +314,39 @@ def test_an_error_in_a_worker_is_the_users_own(folder, vocabulary, tmp_path):
     one.close()
 
 
+@pytest.mark.slow
+def test_workers_of_a_killed_process_end(folder, vocabulary, tmp_path):
+    vocabulary.save(tmp_path)
+    program = f"""
+import multiprocessing, time
+from qwen_jax.data import loader, source, tokenizer
+if __name__ == "__main__":
+    facts = source.SourceConfig(path={str(folder / "one")!r})
+    data = source.DataConfig(
+        sources=(facts,), num_workers=2, seq_tokens=64, cache_dir={str(tmp_path)!r}
+    )
+    one = loader.Loader(data, tokenizer.load({str(tmp_path)!r}), batch_rows=8, seed=1)
+    next(one)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    time.sleep(600)
+"""
+    (tmp_path / "main.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    main = subprocess.Popen(
+        [sys.executable, tmp_path / "main.py"], stdout=subprocess.PIPE, env=environment
+    )
+    try:
+        workers = main.stdout.readline().decode().split()
+    finally:
+        main.kill()
+        main.wait()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+        assert time.monotonic() < deadline, "the workers outlive the run"
+        time.sleep(0.1)
+
+
 def broken(tmp_path, count=200, bad=10, **fields):
     lines = [json.dumps({"text": text}) for text in texts_of("b", count)]
     for i in range(bad):
@@ -339,11 +376,15 @@ def test_broken_records_are_counted_and_listed_once(vocabulary, tmp_path):
         assert content[row["offset"] :].startswith(b"{no json")
         assert row["reason"] == "bad_json" and row["file"].endswith("b.jsonl")
         assert row["source"] == "b.jsonl"
-    # A killed run left half a line; the next run lists nothing twice.
-    listed.write_text(listed.read_text() + '{"source": "b.js')
+    # A killed run left half a line; the next one lists the rest and nothing twice.
+    half = listed.read_text().splitlines(keepends=True)[:4]
+    listed.write_text("".join(half) + '{"source": "b.js')
     again = make(data, vocabulary, bad_records_path=listed)
-    take(again, 60)
-    assert len(listed.read_text().splitlines()) == 11
+    while again.epoch < 3:
+        next(again)
+    again_rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert again_rows[:4] == rows[:4] and len(again_rows) == 10
+    assert {row["offset"] for row in again_rows} == {row["offset"] for row in rows}
 
 
 def test_a_corpus_of_one_short_document(vocabulary, tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The preview tells ids, text, mask, borders, shares and fill, with and without colour."""
+"""The preview tells ids, text, mask, borders, shares and fill, with and without color."""
 
 import re
 
@@ -28,7 +28,7 @@ def rows_of(vocabulary, texts, seq_tokens, prompts=None):
 
 def test_text_ids_borders_and_padding(vocabulary):
     rows = rows_of(vocabulary, TEXTS, 64)
-    text = preview.render(rows, vocabulary, rows=5)
+    text = preview.render(rows, vocabulary, num_rows=5)
     assert "\033" not in text
     placed = int((rows["segments_bt"] > 0).sum())
     assert f"{placed} places hold a token, {64 - placed} are padding" in text
@@ -48,7 +48,7 @@ def test_text_ids_borders_and_padding(vocabulary):
 
 def test_cut_documents_and_prompts_are_marked(vocabulary):
     rows = rows_of(vocabulary, TEXTS[:1], 4)
-    text = preview.render(rows, vocabulary, rows=1)
+    text = preview.render(rows, vocabulary, num_rows=1)
     assert "(a document that begins and is cut)" in text
     assert f"({len(rows['tokens_bt']) - 1} more rows)" in text
     ids = vocabulary.encode(TEXTS[2])
@@ -59,14 +59,14 @@ def test_cut_documents_and_prompts_are_marked(vocabulary):
     assert "3 do not (prompts)" in text
 
 
-def test_colour_adds_nothing_but_colour(vocabulary):
+def test_color_adds_nothing_but_color(vocabulary):
     rows = rows_of(vocabulary, TEXTS, 64)
-    coloured = preview.render(rows, vocabulary, colour=True)
+    colored = preview.render(rows, vocabulary, color=True)
     assert {"\033[36m", "\033[33m", "\033[32m"} < set(
-        re.findall(r"\033\[\d+m", coloured)
+        re.findall(r"\033\[\d+m", colored)
     )
     plain = preview.render(rows, vocabulary).replace("⟦", "").replace("⟧", "")
-    assert re.sub(r"\033\[\d+m", "", coloured) == plain
+    assert re.sub(r"\033\[\d+m", "", colored) == plain
 
 
 def test_shares_of_the_sources(vocabulary):
