@@ -6,8 +6,8 @@ From a tree of them come the arrays (`init`), shapes for tracing (`abstract`), l
 (`shardings`), counts and bytes.
 
 Shapes: any; `dims` names one word of `dims.ALL` or None for each dim.
-Invariants: `init` gives the same bits on every mesh and process count: each leaf has its
-own key, folded from the leaf's path, and threefry is counter-based.
+Invariants: `init` gives the same bits on every mesh and process count: each leaf has
+its own key, folded from the leaf's path, and threefry is counter-based.
 Raises: ValueError when dims and shape differ in rank.
 """
 

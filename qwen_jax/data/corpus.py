@@ -13,6 +13,7 @@ Raises: InputError where holdout_share is above 0 and no document falls to it.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -137,7 +138,7 @@ def heldout_bytes(
 
 def texts(
     data: source.DataConfig,
-    max_bytes: int,
+    max_bytes: float = math.inf,
     *,
     sources: Sequence[source.Source] | None = None,
 ) -> Iterator[str]:
