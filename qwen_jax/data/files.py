@@ -123,8 +123,12 @@ def _before_magic(path: str) -> str:
 
 def _walk(root: str, choice: _Choice) -> Iterator[tuple[str, str]]:
     """(path, relative name) of the wanted files of a folder."""
+
+    def refuse(error: OSError) -> None:  # os.walk alone would leave the folder out
+        raise _unreadable(error.filename, error) from error
+
     seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link to a folder above would go round for ever
             folders.clear()
@@ -173,7 +177,12 @@ def _remote_file(url: str, path: str, name: str, info: dict[str, Any]) -> File:
     time = next((t for t in times if t is not None), "")
     # Some stores list a time as a number and tell it as a datetime.
     version = etag or str(time.timestamp() if hasattr(time, "timestamp") else time)
-    return File(name, path, int(info.get("size") or 0), version, etag, url)
+    if info.get("size") is None:
+        raise config.InputError(
+            f"{path!r}: the server does not tell its size, so parts of it cannot be "
+            "read; copy it to a disk or a store that does"
+        )
+    return File(name, path, int(info["size"]), version, etag, url)
 
 
 def _open_store(url: str) -> tuple[Any, str]:

@@ -183,6 +183,21 @@ def test_a_link_that_goes_round_is_followed_once(tmp_path):
     assert [entry[0] for entry in one.entries] == ["x.txt"]
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "a.txt").write_text("hello")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(config.InputError, match="cannot read .*shut': Permission"):
+        opened(tmp_path, tmp_path / "cache")
+
+
 def test_broken_json_lines_are_named(tmp_path):
     lines = [
         b'{"text": "good"}',
@@ -423,6 +438,18 @@ def test_mistakes_in_the_config(tmp_path):
     twice = source.SourceConfig(path="x", name="same")
     with pytest.raises(config.InputError, match="two data sources are named 'same'"):
         source.open_sources(source.DataConfig(sources=(twice, twice)))
+
+
+def test_the_config_survives_the_door():
+    data = source.DataConfig(
+        sources=(source.SourceConfig(path="x", include=("*.py",)),),
+        stages=((10, {"x": 1.0}), (20, {"x": 0.5})),
+    )
+    thawed = json.loads(json.dumps(config.thaw(data)))
+    assert config.freeze(source.DataConfig, thawed) == data
+    thawed["sources"][0]["weigth"] = 1.0
+    with pytest.raises(config.InputError, match="'weigth' .* did you mean 'weight'"):
+        config.freeze(source.DataConfig, thawed)
 
 
 def test_the_cache_is_used_swept_and_told_of(tmp_path, monkeypatch):
