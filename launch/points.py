@@ -31,7 +31,7 @@ except ImportError:  # started by another Python than the one that has it: chang
         sys.exit(f"error: {sys.executable} lacks qwen_jax; run launch/install.sh first")
     os.execv(_python, [str(_python), *sys.argv])
 
-LOWER_IS_BETTER = re.compile(r"loss|error|perplexity|bits|_s$|bytes")
+LOWER_IS_BETTER = re.compile(r"loss|error|perplexity|bits|(?<!_per)_s$|bytes")
 
 
 @dataclasses.dataclass(frozen=True)

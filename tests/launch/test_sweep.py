@@ -157,10 +157,12 @@ def test_every_value_reads_back_as_it_was():
 
 
 def test_direction_follows_the_name_unless_told():
-    module = types.SimpleNamespace(metrics=lambda: ["eval_loss", "mfu", "step_s"])
+    module = types.SimpleNamespace(
+        metrics=lambda: ["eval_loss", "tokens_per_s", "step_s"]
+    )
     assert points.directions(module) == {
         "eval_loss": "min",
-        "mfu": "max",
+        "tokens_per_s": "max",
         "step_s": "min",
     }
     module.metrics = lambda: {"mfu": "min"}
