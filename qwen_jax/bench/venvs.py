@@ -11,6 +11,7 @@ Raises: NotInstalled with the reason in one line; the whole log lies beside the 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -81,14 +82,22 @@ def ensure(recipe: Recipe, folder: pathlib.Path, say=lambda text: None) -> pathl
     say(f"making {home} ({', '.join(recipe.requirements)}); this takes minutes")
     log = folder / f"venv-{recipe.name}.log"
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"venv-{recipe.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making the same one
+        if not (stamp.is_file() and stamp.read_text() == wanted):
+            _make(recipe, home, base, log)
+            stamp.write_text(wanted)
+    return python
+
+
+def _make(recipe: Recipe, home: pathlib.Path, base: str, log: pathlib.Path) -> None:
     shutil.rmtree(home, ignore_errors=True)
+    python = str(home / "bin" / "python")
     with log.open("w") as out:
         _run([base, "-m", "venv", str(home)], out, log)
-        pip = [str(python), "-m", "pip", "install", "--no-input"]
+        pip = [python, "-m", "pip", "install", "--no-input"]
         _run([*pip, *recipe.requirements], out, log)
-        _run([str(python), "-c", recipe.proof], out, log)
-    stamp.write_text(wanted)
-    return python
+        _run([python, "-c", recipe.proof], out, log)
 
 
 def _run(command: list[str], out, log: pathlib.Path) -> None:
