@@ -7,15 +7,16 @@ where it is used) and `tensor` (heads, ffn and vocabulary). `Rules` maps a dim's
 axes; a planner's result is another `Rules`.
 
 Under Explicit axes a sharding is part of an array's type, so every change of layout is
-written in the code. All of them go through this file (`einsum`, `reshard`, `take`,
-`local`), which is where a sharding error is looked for. With no mesh set (a notebook,
-one device) each op is its plain twin.
+written in the code. All of them go through this file (`einsum`, `gather`, `reshard`,
+`take`, `local`), which is where a sharding error is looked for. With no mesh set (a
+notebook, one device) each op is its plain twin.
 
 Units: `MeshConfig` sizes are counts of devices; -1 (one axis at most) takes the rest.
 Raises: config.InputError for sizes that do not multiply to the devices at hand.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,6 +79,11 @@ def make(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 Axes = str | tuple[str, ...] | None
 
 
+def names(axes: Axes) -> tuple[str, ...]:
+    """The mesh axes of a rule, as a tuple."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """Which mesh axes each dim lies on; None keeps the dim whole.
@@ -118,13 +124,49 @@ def axis_size(axes: Axes) -> int:
     if axes is None or not active():
         return 1
     shape = jax.sharding.get_abstract_mesh().shape
-    names = (axes,) if isinstance(axes, str) else axes
-    return math.prod(shape[name] for name in names)
+    return math.prod(shape[name] for name in names(axes))
 
 
 def reshard(x: jax.Array, spec: P) -> jax.Array:
     """`x` laid out as `spec`: a gather, a slice or an all-to-all, as it falls."""
     return jax.sharding.reshard(x, spec) if active() else x
+
+
+def gather(w: jax.Array, rules: Rules, *dims: str | None) -> jax.Array:
+    """A weight where it is used: `embed` whole, the rest as it lies.
+
+    Its gradient is scattered back over the axes of `embed`, one after another, then
+    summed over the other axes of the batch. Left alone, the partitioner sums the whole
+    gradient on every device and slices it: twice the traffic. One axis at a time, since
+    TPUs scatter along a ring of chips but sum when the axis is a whole 2-D slice.
+    """
+    batch, embed = names(rules.batch), names(rules.embed)
+    if axis_size(rules.batch) == 1 or not set(embed) <= set(batch):
+        return reshard(w, rules.gathered(*dims))
+    return _gather(w, rules, dims)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(w, rules, dims):
+    spec = P(*rules.gathered(*dims), reduced=set(names(rules.batch)))
+    return jax.sharding.reshard(w, spec)
+
+
+def _gather_bwd(rules, dims, _, grad):
+    batch, embed = names(rules.batch), names(rules.embed)
+
+    def scatter(g):
+        for i in (i for i, dim in enumerate(dims) if dim == "embed"):
+            for axis in embed:
+                g = jax.lax.psum_scatter(g, axis, scatter_dimension=i, tiled=True)
+        rest = set(batch) - set(embed if "embed" in dims else ())
+        return jax.lax.psum(g, tuple(a for a in batch if a in rest)) if rest else g
+
+    spec = P(*rules.gathered(*dims), unreduced=set(batch))
+    return (jax.shard_map(scatter, in_specs=spec, out_specs=rules.pspec(*dims))(grad),)
+
+
+_gather.defvjp(lambda w, rules, dims: (_gather(w, rules, dims), None), _gather_bwd)
 
 
 def einsum(subscripts: str, *operands: jax.Array, out: P, **kwargs) -> jax.Array:
@@ -159,7 +201,9 @@ def _merged(x: jax.Array, shape: tuple[int, ...], first: tuple[int, ...]) -> jax
     if not active():
         return x.reshape(shape)
     spec = jax.typeof(x).sharding.spec
-    return jax.lax.reshape(x, shape, out_sharding=P(*(spec[i] for i in first)))
+    lies = tuple(spec.partitions[i] for i in first)
+    spec = P(*lies, reduced=spec.reduced)
+    return jax.lax.reshape(x, shape, out_sharding=spec)
 
 
 def take(table_vd: jax.Array, ids_bt: jax.Array, rules: Rules) -> jax.Array:
@@ -171,9 +215,7 @@ def take(table_vd: jax.Array, ids_bt: jax.Array, rules: Rules) -> jax.Array:
     """
     if not active():
         return table_vd[ids_bt]
-    batch, width = rules.batch, rules.embed
-    batch = (batch,) if isinstance(batch, str) else (batch or ())
-    width = (width,) if isinstance(width, str) else (width or ())
+    batch, width = names(rules.batch), names(rules.embed)
     outer = tuple(axis for axis in batch if axis not in width) or None
     ids_bt = reshard(ids_bt, P(outer, None))
     table_vd = reshard(table_vd, P(None, width or None))

@@ -166,7 +166,7 @@ def project(p, x_btd, cos_btk, sin_btk, spec, rules):
         dtype = x_btd.dtype
         letter = "n" if heads == "heads" else "h"
         w = p[f"{name}_ld{letter}k"].astype(dtype)
-        w = mesh.reshard(w, rules.gathered("embed", heads, None))
+        w = mesh.gather(w, rules, "embed", heads, None)
         out = rules.pspec("batch", None, heads, None)
         y = mesh.product(x_btd, w, out=out)
         if spec.qkv_bias:
@@ -186,7 +186,7 @@ def project(p, x_btd, cos_btk, sin_btk, spec, rules):
 def merge(p, out_btnk, rules):
     """Heads back to the width: out_btnk -> y_btd."""
     o_nkd = p["o_lnkd"].astype(out_btnk.dtype)
-    o_nkd = mesh.reshard(o_nkd, rules.gathered("heads", None, "embed"))
+    o_nkd = mesh.gather(o_nkd, rules, "heads", None, "embed")
     out = rules.pspec("batch", None, None)
     return mesh.product(out_btnk, o_nkd, inner=2, out=out)
 

@@ -27,10 +27,10 @@ def mlp_params(spec: spec_lib.Spec) -> dict[str, Param]:
 def mlp(p: dict[str, jax.Array], x_btd: jax.Array, rules: mesh.Rules) -> jax.Array:
     """One layer's feed-forward; `p` has one layer's weights."""
     dtype = x_btd.dtype
-    into, inner = rules.gathered("embed", "ffn"), rules.pspec("batch", None, "ffn")
-    gate_df = mesh.reshard(p["gate_ldf"].astype(dtype), into)
-    up_df = mesh.reshard(p["up_ldf"].astype(dtype), into)
-    down_fd = mesh.reshard(p["down_lfd"].astype(dtype), rules.gathered("ffn", "embed"))
+    inner = rules.pspec("batch", None, "ffn")
+    gate_df = mesh.gather(p["gate_ldf"].astype(dtype), rules, "embed", "ffn")
+    up_df = mesh.gather(p["up_ldf"].astype(dtype), rules, "embed", "ffn")
+    down_fd = mesh.gather(p["down_lfd"].astype(dtype), rules, "ffn", "embed")
     gate_btf = mesh.product(x_btd, gate_df, out=inner)
     up_btf = mesh.product(x_btd, up_df, out=inner)
     gate_btf = checkpoint_name(gate_btf, "mlp_gate")

@@ -63,14 +63,17 @@ def cross_entropy(
     ways = mesh.axis_size(rules.vocab)
     rows = hidden_btd.shape[0] // mesh.axis_size(rules.batch)
     chunk = chunk or _chunk(rows, hidden_btd.shape[1], w_vd.shape[0] // ways)
-    batch_axes, embed_axes = _names(rules.batch), _names(rules.embed)
-    vocab_axes = _names(rules.vocab) if mesh.active() else ()
+    batch_axes, embed_axes = mesh.names(rules.batch), mesh.names(rules.embed)
+    vocab_axes = mesh.names(rules.vocab) if mesh.active() else ()
 
     def local(x, w, targets, mask):
-        if mesh.axis_size(rules.embed) > 1:
-            w = jax.lax.all_gather(w, embed_axes, axis=1, tiled=True)
         if mesh.active():
+            # Before the gather: what is summed over other axes is then a slice.
             w = mesh.vary(w, batch_axes)
+        for axis in reversed(embed_axes):
+            # One at a time, as in mesh.gather; its transpose scatters the gradient.
+            if mesh.axis_size(axis) > 1:
+                w = jax.lax.all_gather(w, axis, axis=1, tiled=True)
         w = w.astype(x.dtype)
         total, nll, z = _chunked(x, w, targets, mask, z_coef, chunk, vocab_axes)
         sums = jnp.stack([total, nll, z])
@@ -88,10 +91,6 @@ def cross_entropy(
     )
     sums = run(hidden_btd, w_vd, targets_bt, mask_bt)
     return sums[0], {"nll": sums[1], "z": sums[2]}
-
-
-def _names(axes: mesh.Axes) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def _chunk(rows: int, t: int, v: int) -> int:
