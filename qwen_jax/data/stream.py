@@ -341,9 +341,10 @@ class RowIterator(grain.DatasetIterator):
 
     def _stop(self) -> None:
         self._lanes = []
-        # A collected iterator calls this when Python ends and threads are gone already.
+        # No waiting, and nothing when Python ends: a forgotten iterator is collected by
+        # any thread, one of its own among them, or when threads are gone already.
         if self._pool is not None and not sys.is_finalizing():
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
     def close(self) -> None:

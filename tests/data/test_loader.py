@@ -117,7 +117,7 @@ def test_an_epoch_has_every_document_once_and_no_held_out_one(folder, vocabulary
     rest = set(TEXTS["one"]) - set(held_out) - set(met)
     again = make(data, vocabulary)
     again.restore(state)
-    later = documents_in(take(again, 80), vocabulary)
+    later = documents_in(take(again, 40), vocabulary)
     assert rest <= set(later)
 
 
@@ -146,7 +146,7 @@ def test_a_process_reads_only_the_lanes_its_rows_need(folder, vocabulary):
     assert list(odd.state()["lanes"]) == ["0"]
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
 def test_restore_at_any_step_by_any_processes(folder, vocabulary, runs, data):
     """A run killed after each of `runs` batches, gone on with by other processes."""
