@@ -87,7 +87,7 @@ class Writer:
         """function(*args); a tracker that fails in any way is told of and let go."""
         try:
             function(*args)
-        except Exception:
+        except Exception:  # noqa: BLE001 - a tracker never stops training
             self._trackers.remove(tracker)
             name = getattr(tracker, "__name__", type(tracker).__name__)
             _log.exception("tracker %s failed and is off, training goes on", name)

@@ -379,7 +379,7 @@ class Session:
         self.writer.close()
         try:
             report.write([self.workdir])
-        except Exception as error:  # a picture of the run, not the run
+        except Exception as error:  # noqa: BLE001 - a picture of the run, not the run
             self.say(f"report.html was not written: {error}")
 
 

@@ -37,7 +37,7 @@ class Child:
 
     def __init__(self, command: list[str], environment: dict[str, str]):
         # Closed in `close`, with the process that writes to it.
-        self.noise = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.noise = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -207,7 +207,7 @@ def summarize(turns: list[Turn], name: str) -> Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times faster `name` is than `base`: median over rounds, and quartiles."""
+    """How many times faster `name` is than `base`: median of rounds, quartiles."""
 
     median: float
     low: float

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`qwen-jax bench train`: forward + backward + AdamW, side by side with other libraries.
+"""`qwen-jax bench train`: forward + backward + AdamW, side by side with other
+libraries.
 
 Every candidate runs in a process of its own with the same batch, cores and settings;
 they take turns (see rounds.py), so one run gives the ratios. Candidates: `ours` (the
 bare compiled step), `loop` (the same step through the real `run`: data, logging,
 checkpoints), and with --peers `hf` (transformers on torch), `tunix`, `maxtext`, each in
 an environment that this command makes. Two more children measure the plain matmul
-rate in the same rounds. `--length` and `--loss_memory` measure how cost and memory grow.
+rate in the same rounds. `--length` and `--loss_memory` measure how cost and memory
+grow.
 
 Formats: `--json FILE` writes the record that `collect` returns: date, commit, machine,
 command, shape, FLOPs, matmul rates, a list of candidates (facts, time, rates, ratios;

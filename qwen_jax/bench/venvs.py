@@ -26,7 +26,7 @@ class NotInstalled(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a peer needs: pip requirements, the oldest Python, an import that proves it."""
+    """A peer's pip requirements, oldest Python, and an import that proves it."""
 
     name: str
     requirements: tuple[str, ...]

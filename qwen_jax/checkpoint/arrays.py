@@ -6,9 +6,9 @@ dict: the structure of optimizer states or dataclasses never enters the files, s
 renamed class cannot make a checkpoint unreadable, and without OCDBT each leaf is a
 folder of that name (a damaged file names its leaf).
 
-Source: Orbax `PyTreeCheckpointHandler`, zarr3. Deviation: its `AsyncCheckpointer` is not
-used, because a process whose write fails leaves the others in that class's barrier until
-a time limit; `manager.py` holds the votes and the atomic commit instead.
+Source: Orbax `PyTreeCheckpointHandler`, zarr3. Deviation: its `AsyncCheckpointer` is
+not used, because a process whose write fails leaves the others in that class's barrier
+until a time limit; `manager.py` holds the votes and the atomic commit instead.
 
 Leaves: jax.Array (any sharding, multi-process too), numpy arrays and scalars, Python
 bool, int and float. Bits are kept for every dtype; empty arrays live in the table only.
@@ -82,8 +82,8 @@ def _facts(name: str, leaf: Any) -> list:
         )
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.dtype == object:
         raise config.InputError(
-            f"checkpoint: leaf {name} has dtype {leaf.dtype}, which has no file format; "
-            "store jax.random.key_data(key), or a seed in meta"
+            f"checkpoint: leaf {name} has dtype {leaf.dtype}, which has no file "
+            "format; store jax.random.key_data(key), or a seed in meta"
         )
     return [str(leaf.dtype), [int(size) for size in leaf.shape]]
 

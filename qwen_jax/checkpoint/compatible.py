@@ -39,7 +39,7 @@ def refuse(
     *,
     where: str,
 ) -> None:
-    """Raise InputError if the run at `where` cannot go on with the new configuration."""
+    """InputError if the run at `where` cannot go on with the new configuration."""
     patterns = tuple(may_change)
     lines = config_difference(stored, new, patterns)
     if lines:

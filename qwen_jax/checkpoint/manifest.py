@@ -6,10 +6,11 @@ disk. A folder without a valid manifest for its own step is not a checkpoint, wh
 else it holds; so neither a killed save nor a full disk can produce one, and a file that
 is later flipped, cut, removed or swapped with another step's is found and named.
 
-Why it is needed: Orbax 0.12.8 stores no checksum of array data, and a single flipped bit
-in a data file restores silently wrong in most cases.
+Why it is needed: Orbax 0.12.8 stores no checksum of array data, and a single flipped
+bit in a data file restores silently wrong in most cases.
 
-Format: {"content": {...}, "sha256": digest of the content's canonical JSON}; content has
+Format: {"content": {...}, "sha256": digest of the content's canonical JSON}; content
+has
   format 1, step, leaves {name: [dtype, shape]}, files {path: [bytes, sha256]}, and
   written (UTC). Paths are relative to the step folder. SHA-256 because it is as fast as
   CRC-32 where the CPU has the instructions, about 1 GB/s a core, and `sha256sum` checks

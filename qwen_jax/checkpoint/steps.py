@@ -46,7 +46,7 @@ def present(folder: pathlib.Path) -> list[int]:
 
 
 def problem(folder: pathlib.Path, step: int) -> str:
-    """Why `step` does not count as a checkpoint, without reading data; "" if it does."""
+    """Why `step` is no checkpoint, without reading data; "" if it is one."""
     content, wrong = manifest.read(path(folder, step), step)
     if content is None:
         return wrong

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a corpus, on a local disk or behind any fsspec URL: find, check, read, cache.
+"""Files of a corpus, on a local disk or behind any fsspec URL: find, check, read,
+cache.
 
 A path is a file, a folder (searched to any depth, linked folders too), a glob, or a URL
 of these ("s3://...", "gs://...", "memory://..."; "file://" is local). Keys and tokens
 for a store come from fsspec's own configuration.
 
 Formats: `File.version` is the time of change in ns of a local file, the ETag or time of
-a remote one; `digest` is of the content alone, so that a copied corpus has the same one:
-the ETag, or sha256 of (size, first and last 64 KiB, 14 blocks between).
+a remote one; `digest` is of the content alone, so that a copied corpus has the same
+one: the ETag, or sha256 of (size, first and last 64 KiB, 14 blocks between).
 Invariants: files come sorted by name; a cache entry is whole or absent (written aside,
 then renamed), whoever is killed when.
 Raises: InputError for what is missing, unreadable, changed since it was found, or of a

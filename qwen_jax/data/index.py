@@ -10,8 +10,9 @@ Deviation: parquet and compressed files need disk for that copy, because a globa
 shuffle reads them in any order (a row group is read thousands of times otherwise).
 
 Invariants: a stream that breaks off adds one bad record at its end ("truncated" or
-"corrupt"), so that the loss is counted, and nothing of a corrupt part is used; the cuts of a text fall on line ends, or
-between two letters where a line is longer than `document_bytes`.
+"corrupt"), so that the loss is counted, and nothing of a corrupt part is used; the cuts
+of a text fall on line ends, or between two letters where a line is longer than
+`document_bytes`.
 Raises: InputError for a missing extra or column, or a file that changed while read.
 """
 

@@ -7,9 +7,9 @@ fields named in `Loader.order`): the number of processes, workers and threads ne
 changes them, and a state taken with any of these resumes with any other.
 
 Rows. A document is [end] + ids + [end]; inputs are all but the last id, targets all but
-the first; a long one is cut in pieces of seq_tokens. Slot s of a batch of b rows belongs
-to lane s * lanes // b. lanes = gcd(streams, batch_rows), so that every lane gives the
-same number of rows and none starves.
+the first; a long one is cut in pieces of seq_tokens. Slot s of a batch of b rows
+belongs to lane s * lanes // b. lanes = gcd(streams, batch_rows), so that every lane
+gives the same number of rows and none starves.
 
 Formats: a batch is a dict of NumPy arrays [rows, seq_tokens]: tokens_bt, targets_bt,
 positions_bt, segments_bt int32 and mask_bt float32 (see packing.py). A state is JSON:
@@ -166,8 +166,8 @@ class Loader:
         """Go on after the batch at which `state` was taken, by any process count."""
         if state.get("version") != _VERSION:
             raise config.InputError(
-                f"the data state has the version {state.get('version')!r}; this program "
-                f"reads {_VERSION}"
+                f"the data state has the version {state.get('version')!r}; this "
+                f"program reads {_VERSION}"
             )
         self._check_order(state["order"])
         missing = [lane for lane in self._lanes if str(lane) not in state["lanes"]]

@@ -2,14 +2,15 @@
 """SeqIO tasks and mixtures as sources: each task's split becomes a jsonl file once.
 
 `sources("mixture_name", folder, module="my.tasks")` runs every task of a registered
-mixture (or the one task) through SeqIO's own preprocessors and gives SourceConfigs, with
-the mixture's rates as weights. `vocabulary(tokenizer)` is the other direction: a
+mixture (or the one task) through SeqIO's own preprocessors and gives SourceConfigs,
+with the mixture's rates as weights. `vocabulary(tokenizer)` is the other direction: a
 seqio.Vocabulary, so that a task's features hold this project's ids.
 
 Deviation from SeqIO: an example is read from the file and not from tf.data, because
 exact state, any process count and global shuffling need records by number. What a task
-draws at random in its preprocessors is drawn once, with `seed`; use several exports with
-several seeds for several draws. Packing, padding and feature converters are not used.
+draws at random in its preprocessors is drawn once, with `seed`; use several exports
+with several seeds for several draws. Packing, padding and feature converters are not
+used.
 
 Formats: `<task>-<split>-<hash of the facts>.jsonl`, each line {"text"} where
 `text_feature` names a string feature, else {"tokens", "prompt_tokens"}: the ids of
@@ -86,7 +87,8 @@ def sources(
     tasks = [t for t in (found.tasks if mixed else [found]) if split in t.splits]
     if not tasks:
         raise config.InputError(
-            f"SeqIO {name!r} has no split {split!r}{config.nearest(split, found.splits)}"
+            f"SeqIO {name!r} has no split {split!r}"
+            f"{config.nearest(split, found.splits)}"
         )
     facts = {
         "split": split,

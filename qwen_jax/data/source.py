@@ -15,8 +15,8 @@ Invariants: numbers, order and manifest depend on names and contents alone, not 
 the corpus stands or when it was copied; a document is held out by the hash of its own
 content, so equal documents stay together wherever they come from.
 Reasons of Bad: bad_utf8, empty, empty_file (nothing is lost: it is listed and counted,
-but not held against max_bad_share), too_large, bad_json, missing_field, not_text, binary
-(a NUL in a text file), truncated, corrupt, not_tokens.
+but not held against max_bad_share), too_large, bad_json, missing_field, not_text,
+binary (a NUL in a text file), truncated, corrupt, not_tokens.
 Raises: InputError for a missing path, an empty corpus, two sources of one name, a file
 that changed or is gone.
 """
@@ -175,8 +175,8 @@ class Source:
         found, self.num_excluded = files.find(facts.path, include, facts.exclude)
         if not found:
             raise config.InputError(
-                f"no file to read under {facts.path!r} ({self.num_excluded} left out by "
-                f"format, include or exclude); wanted at least one document"
+                f"no file to read under {facts.path!r} ({self.num_excluded} left out "
+                f"by format, include or exclude); wanted at least one document"
             )
         self.groups = _open(found, facts, cache)
         self._ends = np.cumsum([group.num_records for group in self.groups])

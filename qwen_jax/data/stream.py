@@ -158,9 +158,9 @@ def encode(
             ids = next(encoded)
         elif ids.min() < 0 or ids.max() >= vocabulary.vocab_size:
             raise config.InputError(
-                f"a document of ready ids holds {int(ids.max())}; the tokenizer has the "
-                f"ids 0..{vocabulary.vocab_size - 1}. Encode it with this tokenizer, or "
-                "name the right one in data.tokenizer"
+                f"a document of ready ids holds {int(ids.max())}; the tokenizer has "
+                f"the ids 0..{vocabulary.vocab_size - 1}. Encode it with this "
+                "tokenizer, or name the right one in data.tokenizer"
             )
         out.append(np.concatenate([end, ids, end]))
     return out

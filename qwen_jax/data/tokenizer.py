@@ -37,7 +37,8 @@ from qwen_jax.data import vocabulary
 _PROBE = (
     "Hello, world! It's 2026: they'll pay $1,234.56 (or 7%)...\r\n\r\n\tdef f(x):\n"
     "        return {'a': [1, 2]}  # done\n   \n\n  x\u00a0y\u3000z \u2028 end  "
-    "你好，世界。一二三 ひらがなカタカナ 한국어 Привет мир ΑΒΓ αβγ العربية ١٢٣ हिन्दी ไทย "
+    "你好，世界。一二三 ひらがなカタカナ 한국어 Привет мир ΑΒΓ αβγ العربية ١٢٣ "
+    "हिन्दी ไทย "
     "cafe\u0301 Å ﬁ ½ ǆ ß ſ 'ſ 'S 'RE 'Ve 'K \U0001f469\u200d\U0001f4bb\U0001f1e8"
     "\U0001f1f3 ∑∞≠ <|im_start|>user <think> \ufeff\x00\x7f\u0085 a\u0300\u0323b"
 )
@@ -174,7 +175,7 @@ class Tokenizer:
         return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
-        """UTF-8 bytes of ids: what streaming needs, as an id may end inside a letter."""
+        """UTF-8 bytes of ids, for streaming: an id may end inside a letter."""
         skipped = self._skipped if skip_special else ()
         return b"".join(
             [
@@ -186,7 +187,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja chat template: the file's own, else ChatML where it has the marks."""
+        """The Jinja chat template: the file's, else ChatML where it has the marks."""
         own = self.settings.get("chat_template")
         return own or (vocabulary.CHATML if self.im_start_id is not None else None)
 

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """SIGTERM and Ctrl-C: the first asks for a tidy stop, the second ends at once.
 
-After the first signal `Stopper.should_stop` turns true at the next step boundary, on all
-processes of the run at the same step, whichever process got the signal; the caller saves
-and exits. The second signal ends the process whatever it is doing.
+After the first signal `Stopper.should_stop` turns true at the next step boundary, on
+all processes of the run at the same step, whichever process got the signal; the caller
+saves and exits. The second signal ends the process whatever it is doing.
 
-Source: the agreement is that of JAX's preemption sync point: every process publishes how
-many steps it has begun, and the run stops at the maximum plus one. Deviations: it is
-built on the coordination service's key-value store, because JAX's own takes SIGTERM only
-(neither Ctrl-C nor a request from inside), counts it as a notice for ever, and so leaves
-a stuck process that no SIGTERM can end.
+Source: the agreement is that of JAX's preemption sync point: every process publishes
+how many steps it has begun, and the run stops at the maximum plus one. Deviations: it
+is built on the coordination service's key-value store, because JAX's own takes SIGTERM
+only (neither Ctrl-C nor a request from inside), counts it as a notice for ever, and so
+leaves a stuck process that no SIGTERM can end.
 
-How a stuck main thread is reached: Python runs signal handlers in the main thread between
-bytecodes, so never while it compiles or waits in a collective. The wakeup file descriptor
-is written by the C handler itself, and a thread of ours reads it. (A C extension that
-never releases the interpreter lock can still only be ended with SIGKILL.)
+How a stuck main thread is reached: Python runs signal handlers in the main thread
+between bytecodes, so never while it compiles or waits in a collective. The wakeup file
+descriptor is written by the C handler itself, and a thread of ours reads it. (A C
+extension that never releases the interpreter lock can still only be ended with
+SIGKILL.)
 
 Units: steps are counted by calls of `should_stop`, once a step in every process.
 Invariants: a single-process call costs well under a microsecond; two signals within

@@ -157,7 +157,7 @@ def prefetch(
                 if closed.is_set():
                     return
             put(StopIteration())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - handed to the caller
             put(error)
 
     thread = threading.Thread(target=work, name="batches", daemon=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peers' environments: made once, remade when asked for something else, never silent."""
+"""Peers' environments: made once, remade for other wants, never silent."""
 
 import pathlib
 import sys

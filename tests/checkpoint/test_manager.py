@@ -52,9 +52,11 @@ def training_like(mesh, seed=0):
     """A tree with what a training state holds: matrices, moments, counts, keys."""
     specs = {"q": P("data", "fsdp"), "o": P("fsdp"), "norm": P()}
     shapes = {"q": (8, 16), "o": (16, 8), "norm": (16,)}
-    put = lambda name, dtype, s: jax.device_put(
-        random_bits(dtype, shapes[name], s), NamedSharding(mesh, specs[name])
-    )
+
+    def put(name, dtype, s):
+        bits = random_bits(dtype, shapes[name], s)
+        return jax.device_put(bits, NamedSharding(mesh, specs[name]))
+
     params = {k: put(k, "float32", seed + i) for i, k in enumerate(shapes)}
     mu = {k: put(k, "bfloat16", seed + 9 + i) for i, k in enumerate(shapes)}
     scalar = NamedSharding(mesh, P())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing against a model of plain lists: nothing lost, nothing twice, rows well filled."""
+"""Packing against plain lists: nothing lost, nothing twice, rows well filled."""
 
 import itertools
 

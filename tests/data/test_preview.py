@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The preview tells ids, text, mask, borders, shares and fill, with and without color."""
+"""The preview tells ids, text, mask, borders, shares, fill, in color or not."""
 
 import re
 

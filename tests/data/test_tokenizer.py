@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vocabularies: the real Qwen one, trained ones, tiktoken == tokenizers, transformers."""
+"""Vocabularies: the real Qwen one, trained ones, tiktoken and transformers."""
 
 import json
 import os

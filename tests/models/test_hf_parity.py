@@ -2,8 +2,8 @@
 """Tiny random models written by transformers: same logits, loss, gradient norms.
 
 The oracle is transformers with torch on the CPU. Its weights are drawn here with fan-in
-scale, norms off one and biases off zero, so that a missing bias, a wrong norm or a wrong
-RoPE layout shows at once (the library's own initialization hides them).
+scale, norms off one and biases off zero, so that a missing bias, a wrong norm or a
+wrong RoPE layout shows at once (the library's own initialization hides them).
 """
 
 import json

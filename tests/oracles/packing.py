@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packing with plain lists and dicts: slow, obvious, and independent of the product.
 
-`best_fit` is the textbook rule, all rows looked at for every item. `pairs_of_rows` reads
-packed rows back into the (input, target) pairs of each segment.
+`best_fit` is the textbook rule, all rows looked at for every item. `pairs_of_rows`
+reads packed rows back into the (input, target) pairs of each segment.
 """
 
 import itertools

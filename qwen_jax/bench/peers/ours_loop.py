@@ -42,7 +42,7 @@ class Gate:
         self.orders.put(n)
         answer = self.answers.get()
         if isinstance(answer, str):
-            raise RuntimeError(answer)  # noqa: TRY004 - words of the loop's failure
+            raise RuntimeError(answer)  # the words of the loop's failure
         return answer
 
     def wrap(self, step):
@@ -66,7 +66,7 @@ class Gate:
 
 
 def experiment(shape: dict, options: dict) -> str:
-    """The text of an experiment file with this shape on this machine's Python library."""
+    """The text of an experiment file with this shape, on the Python library here."""
     record = {
         "data": {
             "sources": [
