@@ -32,7 +32,8 @@ def get_config(arg=None):
     }
     c.optim = {
         "name": arg or "muon",
-        "lr_peak": 0.01,
+        # AdamW is unstable at Muon's rate, which would make rounding grow.
+        "lr_peak": 0.003 if arg == "adamw" else 0.01,
         "schedule": "wsd",
         "warmup_steps": 2,
         "decay_steps": 0,
