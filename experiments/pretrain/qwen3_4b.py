@@ -3,8 +3,7 @@
 
 Question: with 4,096-token packed rows, bfloat16 compute and float32 weights, does the
 loss follow the fit of arXiv 2203.15556 for this size and length?
-Source: sizes from arXiv 2505.09388, table 1; the learning rate from the rules that are printed
-at start.
+Source: sizes, arXiv 2505.09388, table 1; learning rate, the rules printed at start.
 Expected: 2.28 nats a token at the end on web text (the fit, L = 1.69 + 406.4 /
 N^0.34 + 410.7 / D^0.28, of another vocabulary and corpus: a direction, no promise).
 Cost: `--dry_run --topology v6e:4x4` prints memory and hours. `:tiny` takes seconds.
