@@ -18,6 +18,7 @@ import dataclasses
 import os
 import pathlib
 import shlex
+import shutil
 import sys
 import time
 import traceback
@@ -306,9 +307,19 @@ def _vocabulary(exp, workdir: pathlib.Path, sources: Any) -> tokenizer.Tokenizer
     return tokenizer.load(folder)
 
 
+def program() -> str:
+    """The command as it can be typed here: by its name, or by its place in a venv that
+    is not activated."""
+    beside = pathlib.Path(sys.executable).with_name("qwen-jax")
+    if shutil.which("qwen-jax") or not beside.is_file():
+        return "qwen-jax"
+    here = os.path.relpath(beside)
+    return str(beside) if here.startswith("..") else here
+
+
 def command(options: Options) -> str:
     """The command line that resumes this run."""
-    parts = ["qwen-jax", "run", "--config", options.config]
+    parts = [program(), "run", "--config", options.config]
     parts += ["--workdir", options.workdir]
     if options.data:
         parts += ["--data", options.data]
@@ -330,7 +341,7 @@ def next_commands(options: Options, workdir: pathlib.Path, exp) -> str:
     more = f"  {command(options)} --config.train.num_steps={longer}\n" if longer else ""
     return (
         "next:\n"
-        f"  qwen-jax generate --model {shown}/export --prompt {prompt}\n"
-        f"  qwen-jax report {shown}        # writes {shown}/report.html\n"
+        f"  {program()} generate --model {shown}/export --prompt {prompt}\n"
+        f"  {program()} report {shown}        # writes {shown}/report.html\n"
         + (f"{more}" if more else f"  {command(options)}        # resumes\n")
     ).rstrip()
