@@ -223,11 +223,15 @@ def take(table_vd: jax.Array, ids_bt: jax.Array, rules: Rules) -> jax.Array:
     return reshard(x_btd, rules.pspec("batch", None, None))
 
 
-def local(fn: Callable, *, inputs: Any, out: Any) -> Callable:
-    """`fn` run on each device's own block (shard_map); plain `fn` with no mesh set."""
+def local(fn: Callable, *, inputs: Any, out: Any, checked: bool = True) -> Callable:
+    """`fn` run on each device's own block (shard_map); plain `fn` with no mesh set.
+
+    `checked` has JAX prove over which axes results differ; a kernel that does not say
+    so of its own outputs must do without.
+    """
     if not active():
         return fn
-    return jax.shard_map(fn, in_specs=inputs, out_specs=out)
+    return jax.shard_map(fn, in_specs=inputs, out_specs=out, check_vma=checked)
 
 
 def varying(x: jax.Array) -> frozenset[str]:

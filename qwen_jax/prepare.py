@@ -10,6 +10,7 @@ Raises: config.InputError naming the value, what was wanted and the fix.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from qwen_jax import config, experiment, mesh, params
 from qwen_jax.models import attention, decoder, flops
 from qwen_jax.optim import build, derive
-from qwen_jax.plan import chips, micro
+from qwen_jax.plan import chips, memory, micro
 from qwen_jax.train import state, step
 
 
@@ -64,8 +65,8 @@ def set_up(
             f"{spec.max_positions}; set one of them"
         )
     tree = decoder.decoder_params(spec)
-    layout = params.shardings(tree, device_mesh, exp.rules)  # refuses what is uneven
-    ways = math.prod(device_mesh.shape[a] for a in _names(exp.rules.batch))
+    params.shardings(tree, device_mesh, exp.rules)  # refuses what is uneven
+    ways = math.prod(device_mesh.shape[a] for a in mesh.names(exp.rules.batch))
     derivation = derive.derive(
         exp.optim,
         num_weights=flops.num_non_embedding(spec),
@@ -75,25 +76,30 @@ def set_up(
     )
     train = dataclasses.replace(exp.train, batch_tokens=derivation.batch_tokens)
     exp = dataclasses.replace(exp, optim=derivation.optim, train=train)
-    weights = _local_bytes(tree, layout, jnp.dtype(spec.param_dtype).itemsize)
-    slots = 3 if exp.optim.name == "muon" else 4  # weights, gradient, moments
+    held = functools.partial(
+        memory.estimate,
+        spec,
+        exp.rules,
+        dict(device_mesh.shape),
+        optimizer=exp.optim.name,
+        remat=exp.train.remat,
+    )
+    one, several = held(tokens=1, micro_steps=1), held(tokens=1, micro_steps=2)
     batch = micro.derive(
         batch_tokens=derivation.batch_tokens,
         seq_tokens=exp.data.seq_tokens,
         batch_ways=ways,
-        state_bytes=slots * weights,
-        activation_bytes_per_token=flops.activation_bytes_per_token(
-            spec, exp.train.remat
-        )
-        // math.prod(device_mesh.shape[a] for a in _names(exp.rules.heads)),
+        fixed_bytes=one.fixed,
+        sum_bytes=several.fixed - one.fixed,
+        activation_bytes_per_token=one.total - one.fixed,
         memory_bytes=chips.memory_bytes(first),
         platform=first.platform,
         micro_rows=exp.train.micro_rows,
     )
     shape = ", ".join(f"{k} {v}" for k, v in device_mesh.shape.items())
+    outside = flops.num_non_embedding(spec)
     lines = (
-        f"model: {flops.num_params(spec):,} weights, "
-        f"{flops.num_non_embedding(spec):,} without embeddings",
+        f"model: {flops.num_params(spec):,} weights, {outside:,} without embeddings",
         f"mesh: {shape} ({device_mesh.size} {first.device_kind} devices)",
         *derivation.lines,
         batch.line,
@@ -127,21 +133,6 @@ def compile_step(setup: Setup) -> Any:
         return fn.lower(*abstract_inputs(setup)).compile()
 
 
-def _names(axes: mesh.Axes) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
-
-
-def _local_bytes(tree: Any, layout: Any, itemsize: int) -> int:
-    """Bytes of one device's part of the weights."""
-    parts = jax.tree.map(
-        lambda p, s: math.prod(s.shard_shape(p.shape)) * itemsize,
-        tree,
-        layout,
-        is_leaf=params.is_param,
-    )
-    return sum(jax.tree.leaves(parts))
-
-
 @dataclasses.dataclass(frozen=True)
 class Placer:
     """Which rows of the global batch a process reads, and how they reach the mesh."""
@@ -164,21 +155,27 @@ class Placer:
 
 
 def placer(device_mesh: Any, rules: mesh.Rules, rows: int, micro_steps: int) -> Placer:
-    """The Placer of a batch of `rows` rows cut in `micro_steps`."""
+    """The Placer of a batch of `rows` rows cut in `micro_steps`.
+
+    A process may hold rows that are no neighbours (a host of a TPU slice is a block of
+    2 x 2 chips): it reads a stretch of the batch all the same and lays it on the rows
+    it holds, so only the order of rows inside the batch differs from their places.
+    """
     each = rows // micro_steps
     flat = jax.sharding.NamedSharding(device_mesh, rules.pspec("batch"))
-    mine = {
-        index[0].indices(each)[:2]
-        for index in flat.addressable_devices_indices_map((each,)).values()
-    }
-    start, stop = min(a for a, _ in mine), max(b for _, b in mine)
-    if sum(b - a for a, b in mine) != stop - start or start % (stop - start):
+    held: dict[int, set[tuple[int, ...]]] = {}
+    for device, index in flat.devices_indices_map((each,)).items():
+        spans = held.setdefault(device.process_index, set())
+        spans.add(index[0].indices(each)[:2])
+    parts = sorted({tuple(sorted(spans)) for spans in held.values()})
+    every = [span for part in parts for span in part]
+    if len(set(map(len, parts))) > 1 or len(set(every)) < len(every):
         raise config.InputError(
-            "the devices of this process do not hold neighbouring rows of the batch; "
-            "let mesh.data and mesh.fsdp be multiples of the number of processes"
+            "the processes of this job do not hold equal or separate rows of the "
+            "batch; let mesh.data and mesh.fsdp be multiples of the number of processes"
         )
+    place = parts.index(tuple(sorted(held[jax.process_index()])))
     sharding = jax.sharding.NamedSharding(
         device_mesh, jax.P(None, *rules.pspec("batch", None))
     )
-    local = stop - start
-    return Placer(sharding, micro_steps, rows, start // local, each // local)
+    return Placer(sharding, micro_steps, rows, place, len(parts))

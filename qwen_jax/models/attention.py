@@ -107,13 +107,15 @@ def attention(
     kernel = functools.partial(KERNELS[spec.attention], window=window)
     heads = rules.pspec("batch", None, "heads", None)
     kv_heads = rules.pspec("batch", None, "kv_heads", None)
-    if segments_bt is None:
-        run = mesh.local(kernel, inputs=(heads, kv_heads, kv_heads), out=heads)
-        out_btnk = run(q_btnk, k_bshk, v_bshk)
-    else:
-        rows = rules.pspec("batch", None)
-        run = mesh.local(kernel, inputs=(heads, kv_heads, kv_heads, rows), out=heads)
-        out_btnk = run(q_btnk, k_bshk, v_bshk, segments_bt)
+    inputs, operands = (heads, kv_heads, kv_heads), (q_btnk, k_bshk, v_bshk)
+    if segments_bt is not None:
+        inputs += (rules.pspec("batch", None),)
+        operands += (segments_bt,)
+    checked = (
+        spec.attention != "splash"
+    )  # its outputs do not name the axes they vary on
+    run = mesh.local(kernel, inputs=inputs, out=heads, checked=checked)
+    out_btnk = run(*operands)
     return merge(p, out_btnk, rules)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts from a spec: parameters, FLOPs, KV bytes, activation bytes.
+"""Counts from a spec: parameters, FLOPs, KV bytes.
 
 Source: every matrix product costs 2 FLOPs a weight and token; attention over a prefix
 of average length s costs 4 * n * k * s a layer and token (scores and weighted values).
@@ -55,30 +55,3 @@ def train_per_token(
 def kv_bytes_per_token(spec: spec_lib.Spec, itemsize: int = 2) -> int:
     """Bytes of keys and values one token keeps in a cache."""
     return 2 * spec.num_layers * spec.num_kv_heads * spec.head_width * itemsize
-
-
-def activation_bytes_per_token(spec: spec_lib.Spec, remat: str) -> int:
-    """Estimated bytes one token keeps for the backward pass, all layers.
-
-    "none" counts what autodiff saves of a block (inputs of products and of
-    nonlinearities), "dots" and lists what they name, "full" the layer inputs alone.
-    An estimate for choosing a micro-batch; a dry run gives the compiler's number.
-    """
-    size = 2 if spec.compute_dtype in ("bfloat16", "float16") else 4
-    q = spec.num_heads * spec.head_width
-    kv = spec.num_kv_heads * spec.head_width
-    each = {
-        "q": q * size,
-        "k": kv * size,
-        "v": kv * size,
-        "attention": q * size,
-        "attention_lse": spec.num_heads * 4,
-        "mlp_gate": spec.ffn_width * size,
-        "mlp_up": spec.ffn_width * size,
-    }
-    names = decoder.saved_names(remat)
-    if names is None:
-        layer = 2 * sum(each.values()) + (4 * spec.width + spec.ffn_width) * size
-    else:
-        layer = sum(each[name] for name in names)
-    return spec.num_layers * (layer + spec.width * size)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts of devices: peak matrix FLOP/s, memory, and the TPU slices one can name.
+"""Facts of devices: peak matrix FLOP/s and the memory a program may use.
 
-Source: vendors' data sheets. Peaks are dense bf16: TPU v4 275, v5e 197, v5p 459, v6e
-918, v7x 2,307 TFLOP/s; A100 312, H100 and H200 (SXM) 989, B200 2,250. Memory in GiB as
-sold: v4 32, v5e 16, v5p 95, v6e 32, v7x 192. A CPU has no data sheet worth quoting: its
-peak is measured, as one large float32 matrix product.
+Source: peaks are the vendors' dense bf16: TPU v4 275, v5e 197, v5p 459, v6e 918, v7x
+2,307 TFLOP/s a chip; A100 312, H100 and H200 (SXM) 989, B200 2,250. Memory of TPUs is
+what their compiler grants a program (libtpu 0.0.42: v4 30.75 of 32 GiB, v5e 15.75 of
+16, v5p 95.74, v6e 31.25 of 32, v7x 94.75 a device), of GPUs as sold. A CPU has no data
+sheet worth quoting: its peak is measured, as one large float32 matrix product.
 
-Units: FLOP/s, bytes. Unknown devices give nan and None, never a guess.
+Units: FLOP/s, bytes, of one JAX device: a v7x chip is two devices. Unknown devices give
+nan, never a guess.
 """
 
 import dataclasses
@@ -24,21 +26,20 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device of a kind; `tpu_name` is the first part of a topology name."""
+    """One device of a kind, which is how `device_kind` begins."""
 
     kind: str
     peak_flops_per_s: float
     memory_bytes: int
-    tpu_name: str = ""
 
 
 CHIPS = (
-    Chip("TPU v4", 275e12, 32 * GIB, "v4"),
-    Chip("TPU v5 lite", 197e12, 16 * GIB, "v5e"),
-    Chip("TPU v5p", 459e12, 95 * GIB, "v5p"),
-    Chip("TPU v5", 459e12, 95 * GIB, "v5p"),
-    Chip("TPU v6 lite", 918e12, 32 * GIB, "v6e"),
-    Chip("TPU7x", 2307e12, 192 * GIB, "v7x"),
+    Chip("TPU v4", 275e12, int(30.75 * GIB)),
+    Chip("TPU v5 lite", 197e12, int(15.75 * GIB)),
+    Chip("TPU v5p", 459e12, int(95.74 * GIB)),
+    Chip("TPU v5", 459e12, int(95.74 * GIB)),
+    Chip("TPU v6 lite", 918e12, int(31.25 * GIB)),
+    Chip("TPU7x", 2307e12 / 2, int(94.75 * GIB)),
     Chip("NVIDIA A100", 312e12, 80 * GIB),
     Chip("NVIDIA H100", 989e12, 80 * GIB),
     Chip("NVIDIA H200", 989e12, 141 * 10**9),
@@ -56,13 +57,14 @@ def chip_of(device: Any) -> Chip | None:
 
 
 def memory_bytes(device: Any) -> int:
-    """Memory one device may use: its allocator's limit, the data sheet, or for a CPU an
+    """Memory one device may use: its allocator's limit, the table, or for a CPU an
     equal share of the machine's memory."""
-    if device.process_index != jax.process_index():  # only our own devices answer
-        device = jax.local_devices()[0]
-    stats = getattr(device, "memory_stats", lambda: None)()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
+    local = jax.local_devices()[0]
+    if device.platform == local.platform:
+        # Only our own devices answer.
+        stats = (device if device in jax.local_devices() else local).memory_stats()
+        if stats and "bytes_limit" in stats:
+            return int(stats["bytes_limit"])
     chip = chip_of(device)
     if chip is not None:
         return chip.memory_bytes

@@ -2,9 +2,9 @@
 """The micro-batch, derived: a user sets the global batch in tokens and nothing else.
 
 rows = batch_tokens / seq_tokens must be a multiple of the devices along `batch`; the
-micro-batch is the largest divisor of a device's rows whose activations fit what
-weights, gradient and optimizer leave of the device's memory. A CPU takes at most
-`CPU_TOKENS` a micro-batch, beyond which caches only lose.
+micro-batch is the largest divisor of a device's rows whose activations fit what is left
+of the device's memory (`memory.estimate` tells both). A CPU takes at most `CPU_TOKENS`
+a micro-batch, beyond which caches only lose.
 
 Units: rows, tokens, bytes per device.
 Raises: config.InputError when the batch does not divide, or one row does not fit.
@@ -33,7 +33,8 @@ def derive(
     batch_tokens: int,
     seq_tokens: int,
     batch_ways: int,
-    state_bytes: int,
+    fixed_bytes: int,
+    sum_bytes: int,
     activation_bytes_per_token: int,
     memory_bytes: int,
     platform: str,
@@ -45,8 +46,9 @@ def derive(
       batch_tokens: the one number a user sets.
       seq_tokens: tokens of a row.
       batch_ways: devices the rows are dealt to.
-      state_bytes: weights, gradient and optimizer on one device.
-      activation_bytes_per_token: kept for the backward pass, on one device.
+      fixed_bytes: of one device whatever the micro-batch: weights, optimizer, gradient.
+      sum_bytes: of one device once there are several micro-batches to sum.
+      activation_bytes_per_token: of one device, kept and at work.
       memory_bytes: of one device.
       platform: of the devices.
       micro_rows: global rows of a micro-batch; 0 derives them.
@@ -54,7 +56,8 @@ def derive(
     if batch_tokens % seq_tokens:
         raise config.InputError(
             f"batch_tokens={batch_tokens} is not a multiple of seq_tokens="
-            f"{seq_tokens}; the nearest is {max(batch_tokens // seq_tokens, 1) * seq_tokens}"
+            f"{seq_tokens}; the nearest is "
+            f"{max(batch_tokens // seq_tokens, 1) * seq_tokens}"
         )
     rows = batch_tokens // seq_tokens
     if rows % batch_ways:
@@ -73,24 +76,28 @@ def derive(
             )
         steps = rows // micro_rows
         return Batch(rows, micro_rows, steps, f"micro-batch = {micro_rows} rows: given")
-    room = HEADROOM * memory_bytes - state_bytes
-    fit = int(room // (activation_bytes_per_token * seq_tokens))
-    if platform == "cpu":
-        fit = min(fit, max(CPU_TOKENS // seq_tokens, 1))
-    if fit < 1:
+    room = HEADROOM * memory_bytes - fixed_bytes
+    row_bytes = activation_bytes_per_token * seq_tokens
+
+    def fits(n: int) -> bool:
+        most = max(CPU_TOKENS // seq_tokens, 1) if platform == "cpu" else n
+        return n <= most and n * row_bytes + (n < each) * sum_bytes <= room
+
+    fitting = [n for n in range(1, each + 1) if each % n == 0 and fits(n)]
+    if not fitting:
         gib = 1 << 30
         raise config.InputError(
-            f"one row of {seq_tokens} tokens needs about "
-            f"{activation_bytes_per_token * seq_tokens / gib:.2f} GiB of activations, "
-            f"weights and optimizer {state_bytes / gib:.2f} GiB, and a device has "
-            f"{memory_bytes / gib:.2f} GiB: use --config.train.remat=full, a larger "
-            "--config.mesh.fsdp or --config.mesh.tensor, or shorter rows"
+            f"one row of {seq_tokens} tokens needs about {row_bytes / gib:.2f} GiB of "
+            "activations, weights, gradient and optimizer "
+            f"{(fixed_bytes + (each > 1) * sum_bytes) / gib:.2f} GiB, and of the "
+            f"{memory_bytes / gib:.2f} GiB of a device {HEADROOM:.0%} are used: take "
+            "--config.train.remat=full, a larger --config.mesh.fsdp or "
+            "--config.mesh.tensor, or shorter rows"
         )
-    local = max(n for n in range(1, each + 1) if each % n == 0 and n <= fit)
+    local = max(fitting)
     steps = each // local
     line = (
         f"micro-batch = {local * batch_ways} rows ({local} a device, {steps} a step): "
-        f"about {local * seq_tokens * activation_bytes_per_token / (1 << 30):.2f} GiB "
-        "of activations a device"
+        f"about {local * row_bytes / (1 << 30):.2f} GiB of activations a device"
     )
     return Batch(rows, local * batch_ways, steps, line)
