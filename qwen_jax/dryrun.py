@@ -334,8 +334,8 @@ def _memory_lines(report: Report) -> list[str]:
         lines.append(f"  {name:30} {_number(guess):>9} {_number(told):>10}".rstrip())
     share = report.needed_bytes / report.device_bytes
     lines.append(
-        f"  needed {_gib(report.needed_bytes)} of {_gib(report.device_bytes)} a program "
-        f"may use: {share:.1%}, {'fits' if report.fits else 'DOES NOT FIT'}"
+        f"  needed {_gib(report.needed_bytes)} of {_gib(report.device_bytes)} a "
+        f"program may use: {share:.1%}, {'fits' if report.fits else 'DOES NOT FIT'}"
     )
     return lines
 
@@ -363,7 +363,8 @@ def _cost_lines(report: Report) -> list[str]:
     lines = [
         (
             f"tokens: {report.batch_tokens:,} a step ({report.rows:,} rows of "
-            f"{report.seq_tokens:,}), {report.num_steps:,} steps, {report.tokens:,} in all"
+            f"{report.seq_tokens:,}), {report.num_steps:,} steps, "
+            f"{report.tokens:,} in all"
         ),
         (
             f"FLOPs of a step: {report.step_flops:.4g} by formula "
@@ -381,8 +382,8 @@ def _cost_lines(report: Report) -> list[str]:
             f"{_gib(kept * report.checkpoint_bytes)} for the {kept} kept"
         ),
         (
-            f"time: {_duration(report.step_s)} a step, {_duration(report.run_s)} in all, "
-            f"{report.batch_tokens / report.step_s:,.0f} tokens/s, ASSUMING "
+            f"time: {_duration(report.step_s)} a step, {_duration(report.run_s)} in "
+            f"all, {report.batch_tokens / report.step_s:,.0f} tokens/s, ASSUMING "
             f"{report.assumed_mfu:.0%} of {total / 1e12:,.4g} TFLOP/s "
             f"({report.num_devices} x {report.peak_source})"
         ),
