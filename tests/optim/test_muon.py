@@ -53,7 +53,10 @@ def test_experts_are_stacked_like_layers():
     tx = muon.scale_by_muon()
     once = jax.jit(lambda grads: tx.update(grads, tx.init(grads))[0])
     got, flat = once({"w": x}), once({"w": x.reshape(6, 6, 4)})
-    np.testing.assert_array_equal(got["w"].reshape(6, 6, 4), flat["w"])
+    # Two compiled programs may round differently; the oracle's tolerance decides.
+    np.testing.assert_allclose(
+        got["w"].reshape(6, 6, 4), flat["w"], rtol=2e-5, atol=2e-6
+    )
 
 
 def test_layers_are_dealt_to_the_devices_that_divide_them():
