@@ -12,8 +12,11 @@ work failed, 2 a mistake of the user's, 130 interrupted where there is nothing t
 import argparse
 import difflib
 import errno
+import importlib
 import os
+import signal
 import sys
+import types
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -239,9 +242,7 @@ def _bench(argv: list[str]) -> int:
         raise config.InputError(
             f"unknown bench {argv[0]!r}{config.nearest(argv[0], ['train'])}"
         )
-    from qwen_jax.bench import train
-
-    return train.main(argv[1:])
+    return _load("bench.train").main(argv[1:])
 
 
 def _with_huge_pages() -> None:
@@ -256,43 +257,46 @@ def _with_huge_pages() -> None:
         os.execve(sys.executable, words, environment)
 
 
+def _load(name: str) -> types.ModuleType:
+    """Import a heavy module of ours; Ctrl-C meanwhile ends the process without a word:
+    in the midst of an import, KeyboardInterrupt may come out as any other exception."""
+    handler = signal.getsignal(signal.SIGINT)
+    ours = handler is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return importlib.import_module(f"qwen_jax.{name}")
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, handler)
+
+
 def _run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     _with_huge_pages()
-    from qwen_jax import main as program
-
+    program = _load("main")
     values = {k: v for k, v in vars(args).items() if k != "verb"}
     return program.run(program.Options(**values, overrides=tuple(overrides)))
 
 
 def _generate(args: argparse.Namespace, _: Any) -> int:
     _with_huge_pages()
-    from qwen_jax import tools
-
-    return tools.generate(args)
+    return _load("tools").generate(args)
 
 
 def _data(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from qwen_jax import tools
-
-    return tools.preview_data(args, overrides)
+    return _load("tools").preview_data(args, overrides)
 
 
 def _report(args: argparse.Namespace, _: Any) -> int:
-    from qwen_jax import report
-
-    return report.main(args.workdirs, args.out)
+    return _load("report").main(args.workdirs, args.out)
 
 
 def _convert(args: argparse.Namespace, _: Any) -> int:
-    from qwen_jax import tools
-
-    return tools.convert(args)
+    return _load("tools").convert(args)
 
 
 def _doctor(args: argparse.Namespace, _: Any) -> int:
-    from qwen_jax import doctor
-
-    return doctor.main(as_json=args.json)
+    return _load("doctor").main(as_json=args.json)
 
 
 VERBS = {
