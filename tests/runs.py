@@ -147,6 +147,16 @@ def files(workdir):
     return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
 
 
+def contents(workdir):
+    """{name: bytes} of all files of a run folder but its lock."""
+    root = pathlib.Path(workdir)
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in root.rglob("*")
+        if p.is_file() and p.name != "run.lock"
+    }
+
+
 def finished(workdir):
     """Steps whose checkpoint folder is visible."""
     folder = pathlib.Path(workdir) / "checkpoints"

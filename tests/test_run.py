@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs through the command line: resume, signals, damage, disk, refusals.
+
+Most run in this process on a mesh of its 8 devices; those about signals, exit codes and
+several processes start real ones.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from qwen_jax import checks, cli, config, experiment, metrics, prepare, session
+from qwen_jax.checkpoint import lock
+from tests import runs
+
+MESH = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+SHORT = ["--config.train.num_steps=9", "--config.eval.every_steps=3"]
+LEAN = [
+    "--config.sample.every_steps=0",
+    "--config.eval.every_steps=0",
+    "--config.export=false",
+    "--config.checkpoint.every_steps=0",
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch):
+    monkeypatch.setenv(
+        "JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir
+    )
+
+
+class Here:
+    """Runs in this process; says what was compiled and printed."""
+
+    def __init__(self, monkeypatch, capsys, data):
+        self.capsys, self.data, self.compiled = capsys, data, 0
+        real = prepare.compile_step
+
+        def compile_step(setup):
+            self.compiled += 1
+            return real(setup)
+
+        monkeypatch.setattr(prepare, "compile_step", compile_step)
+
+    def run(self, workdir, *more, data=None):
+        """(exit code, standard output, standard error)."""
+        self.compiled = 0
+        self.capsys.readouterr()
+        words = runs.words(workdir, data or self.data, *MESH, *SHORT, arg="adamw")
+        code = cli.main([*words, *more])
+        return code, *self.capsys.readouterr()
+
+    def refused(self, workdir, *more, data=None):
+        """The error of a run that ends with 2, compiles nothing and writes nothing."""
+        before = runs.contents(workdir)
+        code, out, err = self.run(workdir, *more, data=data)
+        assert code == 2, out + err
+        last = err.rpartition("error: ")
+        assert last[1] and all(x.startswith("warning: ") for x in last[0].splitlines())
+        assert "Traceback" not in err
+        assert self.compiled == 0
+        assert runs.contents(workdir) == before
+        return err
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return runs.corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture
+def here(monkeypatch, capsys, data):
+    return Here(monkeypatch, capsys, data)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    """A run of 9 steps on 8 devices, to be copied."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        folder = jax.config.jax_compilation_cache_dir
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        words = runs.words(workdir, data, *MESH, *SHORT, arg="adamw")
+        assert cli.main([*words, "--quiet"]) == 0
+    return workdir
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def back_to(workdir, step):
+    """Leave only the checkpoints up to a step, as a kill after it would."""
+    for one in runs.finished(workdir):
+        if one > step:
+            shutil.rmtree(workdir / "checkpoints" / f"{one:08d}")
+
+
+def test_a_run_folder_explains_itself(finished):
+    facts = json.loads((finished / "run.json").read_text())
+    assert facts["config"]["train"]["num_steps"] == 9 and facts["seed"] == 3
+    assert facts["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert "qwen-jax run --config" in facts["resume_command"]
+    assert facts["versions"]["jax"] == jax.__version__
+    assert 0 < facts["gzip_bits_per_byte"] < 8
+    assert runs.finished(finished) == [6, 9]
+    assert len(runs.losses(finished)) == 9
+    assert [row["step"] for row in runs.evaluations(finished)] == [3, 6, 9]
+    assert [row["event"] for row in runs.events(finished)] == ["start", "stop"]
+    assert "<html" in (finished / "report.html").read_text()
+    assert (finished / "export" / "model.safetensors").is_file()
+
+
+def test_a_resumed_run_equals_an_unbroken_one(here, finished, copied):
+    back_to(copied, 6)
+    code, out, err = here.run(copied)
+    assert code == 0, err
+    assert "after step 6" in out and "finished 9 steps" in out
+    assert runs.steps_made(copied) == runs.steps_made(finished)
+    assert runs.evaluations(copied) == runs.evaluations(finished)
+    assert runs.files(copied) == runs.files(finished)
+
+
+def test_what_a_kill_cut_off_after_a_save_is_made_up_for(here, finished, copied):
+    """Killed between the save of the last step and its evaluation, samples, export."""
+    path = copied / "metrics.jsonl"
+    kept = [line for line in runs.lines(copied) if '"step": 9, "eval' not in line]
+    path.write_text("".join(kept))
+    samples = (copied / "samples.jsonl").read_text()
+    (copied / "samples.jsonl").unlink()
+    shutil.rmtree(copied / "export")
+    assert len(runs.evaluations(copied)) == 2
+    assert here.run(copied)[0] == 0
+    assert runs.evaluations(copied) == runs.evaluations(finished)
+    assert (copied / "samples.jsonl").read_text() == samples
+    assert runs.files(copied) == runs.files(finished)
+
+
+def test_a_finished_run_is_made_longer(here, copied, tmp_path):
+    longer = ["--config.train.num_steps=12", *LEAN]
+    assert here.run(copied, *longer)[0] == 0
+    assert here.run(tmp_path / "whole", *longer)[0] == 0
+    assert runs.steps_made(copied) == runs.steps_made(tmp_path / "whole")
+
+
+def test_what_may_change_may_change(here, copied):
+    changes = {
+        "mesh.data": 4,
+        "mesh.tensor": 1,
+        "train.remat": "full",
+        "train.loop": "unroll",
+        "checkpoint.every_steps": 5,
+        "eval.every_steps": 4,
+        "data.max_bad_share": 0.5,
+        "train.num_steps": 11,
+    }
+    words = [f"--config.{key}={value}" for key, value in changes.items()]
+    code, _, err = here.run(copied, *words)
+    assert code == 0, err
+    assert len(runs.losses(copied)) == 11
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ("model.num_layers=3", "model.num_layers: 2 in the checkpoint, 3 now"),
+        ("optim.lr_peak=0.5", "optim.lr_peak: 0.003 in the checkpoint, 0.5 now"),
+        ("seed=4", "seed: 3 in the checkpoint, 4 now"),
+        ("train.batch_tokens=512", "train.batch_tokens: 256 in the checkpoint, 512"),
+        ("train.z_loss=0", "train.z_loss: 0.0001 in the checkpoint, 0.0 now"),
+        ("data.seq_tokens=64", "data.seq_tokens: 32 in the checkpoint, 64 now"),
+    ],
+)
+def test_a_changed_configuration_is_refused_with_the_difference(
+    here, copied, change, told
+):
+    begun = time.monotonic()
+    err = here.refused(copied, f"--config.{change}")
+    assert told in err and "new --workdir" in err
+    assert "train.num_steps, " in err  # what may change
+    assert time.monotonic() - begun < 20
+
+
+def test_fewer_steps_than_were_made_are_refused(here, copied):
+    err = here.refused(copied, "--config.train.num_steps=5")
+    assert "has made 9 steps" in err and "--config.train.num_steps=9 or more" in err
+
+
+def test_a_field_of_a_later_version_does_not_hinder_a_resume(finished, copied):
+    exp = experiment.resolve(f"{runs.EXPERIMENT}:adamw", [], str(copied))
+    exp, setup = prepare.set_up(exp)
+    new = config.thaw(exp)
+    old = json.loads(json.dumps(new))
+    del old["train"]["document_mask"], old["log"]
+    checks.resume({"step": 1, "config": old}, new, setup, copied)
+    old["train"]["gone"] = 1
+    with pytest.raises(
+        config.InputError, match=r"train\.gone: 1 in the .*<absent> now"
+    ):
+        checks.resume({"step": 1, "config": old}, new, setup, copied)
+
+
+def test_a_folder_in_use_is_refused(here, copied):
+    with lock.acquire(copied):
+        before = runs.contents(copied)
+        code, _, err = here.run(copied)
+        assert code == 2 and runs.contents(copied) == before
+    assert f"pid {os.getpid()}" in err and "--takeover" in err
+    assert here.compiled == 0
+
+
+@pytest.mark.parametrize("name", ["params.embed_vd/c/0/0", "meta.json", "local.0.json"])
+def test_a_damaged_checkpoint_is_passed_over(here, finished, copied, name):
+    folder = copied / "checkpoints" / "00000009"
+    path = folder / "arrays" / name if "/" in name else folder / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    code, out, err = here.run(copied)
+    assert code == 0, err
+    assert "warning: checkpoint step 9" in err and path.name in err
+    assert "after step 6" in out
+    assert runs.steps_made(copied) == runs.steps_made(finished)
+    assert runs.finished(copied) == runs.finished(finished)
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "no manifest"])
+def test_only_damaged_checkpoints_are_an_error_and_no_fresh_start(here, copied, how):
+    for step in (6, 9):
+        folder = copied / "checkpoints" / f"{step:08d}"
+        if how == "no manifest":
+            (folder / "manifest.json").unlink()
+            continue
+        path = folder / "arrays" / "params.embed_vd" / "c" / "0" / "0"
+        content = bytearray(path.read_bytes())
+        content[0] ^= 1
+        path.write_bytes(content[: -1 if how == "cut" else None])
+    err = here.refused(copied)
+    assert "no intact checkpoint" in err and "step 6" in err and "step 9" in err
+    assert "move that folder away to start anew" in err
+
+
+def test_a_changed_shard_is_named(here, copied, data, tmp_path):
+    changed = shutil.copytree(data, tmp_path / "other" / "corpus")
+    lines = (changed / "words.jsonl").read_text().splitlines(keepends=True)
+    (changed / "words.jsonl").write_text("".join(lines[:-1]))
+    stored = ["--config.data.cache_dir=" + str(data.parent / "cache")]
+    # The same path, so that only the content differs.
+    with moved(data, changed):
+        err = here.refused(copied, *stored)
+    assert "'words.jsonl' of source 'corpus' changed" in err
+    assert "Put the old files back" in err
+
+
+@contextlib.contextmanager
+def moved(place, other):
+    """`other` stands at `place` for a while."""
+    aside = place.with_name("aside")
+    place.rename(aside)
+    shutil.copytree(other, place)
+    try:
+        yield
+    finally:
+        shutil.rmtree(place)
+        aside.rename(place)
+
+
+def test_a_model_folder_is_where_a_run_may_begin(here, finished, tmp_path):
+    model = f"--config.train.init_from={finished / 'export'}"
+    code, _, err = here.run(tmp_path / "next", model, *LEAN)
+    assert code == 0, err
+    begun = runs.losses(tmp_path / "next")[0]
+    assert begun < runs.losses(finished)[0] - 1
+    other = here.refused(
+        tmp_path / "wrong", model, "--config.model.num_layers=3", *LEAN
+    )
+    assert "num_layers is 2 there, 3 here" in other
+    assert not runs.finished(tmp_path / "wrong")
+
+
+def test_a_batch_that_was_derived_stays_when_the_run_is_made_longer(here, tmp_path):
+    unset = ["--config.train.num_steps=0", "--config.train.batch_tokens=0", *LEAN]
+    tokens = "--config.train.tokens"
+    assert here.run(tmp_path, *unset, f"{tokens}=1024")[0] == 0
+    made = len(runs.losses(tmp_path))
+    code, _, err = here.run(tmp_path, *unset, f"{tokens}=2048")
+    assert code == 0, err
+    assert len(runs.losses(tmp_path)) == 2 * made
+
+
+def test_steps_that_keep_failing_end_the_run_with_the_reason(here, tmp_path):
+    code, _, err = here.run(
+        tmp_path,
+        "--config.optim.lr_peak=1e30",
+        "--config.optim.clip_norm=0",
+        "--config.train.max_skipped=3",
+        *LEAN,
+    )
+    assert code == 1 and "non-finite" in err and "--config.optim.lr_peak" in err
+    assert "Traceback" not in err
+    rows = [row for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert rows[-1]["skipped_steps"] == 3 and not np.isfinite(rows[-1]["grad_norm"])
+    assert runs.events(tmp_path)[-1]["reason"] == "error"
+
+
+def test_a_report_that_fails_does_not_fail_the_run(here, copied, monkeypatch):
+    def broken(workdirs):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(session.report, "write", broken)
+    code, out, err = here.run(copied)
+    assert code == 0 and "report.html was not written: no ink" in out, err
+
+
+def test_a_save_that_fails_ends_the_run_and_keeps_the_older_ones(
+    here, copied, monkeypatch
+):
+    from qwen_jax.checkpoint import saving
+
+    full = "it needs 5 bytes and 1 are free in here; free some space"
+    monkeypatch.setattr(saving, "_no_room", lambda job: full)
+    code, _, err = here.run(copied, "--config.train.num_steps=20")
+    assert code == 2 and "checkpoint of step 12 was not saved" in err
+    assert "free some space" in err and "qwen-jax run" in err
+    assert runs.finished(copied) == [6, 9]
+    monkeypatch.undo()
+    monkeypatch.setenv(
+        "JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir
+    )
+    assert here.run(copied, "--config.train.num_steps=12")[0] == 0
+    assert len(runs.losses(copied)) == 12
