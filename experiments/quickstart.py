@@ -16,9 +16,11 @@ import sysconfig
 
 import ml_collections
 
+from qwen_jax import config
+
 
 def get_config(arg=None):
-    tiny = arg == "tiny"
+    tiny = config.variant(arg, "tiny") == "tiny"
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.data = {

@@ -40,7 +40,8 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             hint = config.nearest(str(value), map(str, action.choices))
-            raise config.InputError(f"unknown command {value!r}{hint}")
+            what = next(iter(action.option_strings), "unknown command")
+            raise config.InputError(f"{what} {value!r}{hint}")
 
 
 def parser() -> Parser:

@@ -13,10 +13,11 @@ a string, so `--config.mesh.data=4`, `--config.optim.lr_peak=1e-4` and
 `--config.data.sources='[{"path": "x"}]'` all work.
 Invariants: `freeze(cls, thaw(record)) == record`; thaw gives only JSON types.
 Raises: InputError for an unknown key (with the nearest name), a value of a wrong type,
-a missing file, an experiment file without `get_config`.
+a missing file, an experiment file without `get_config` or given an unknown argument.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -48,7 +49,20 @@ def load(path_and_arg: str) -> Any:
             f"{path_and_arg}: the file has no get_config(arg); an experiment file "
             "must define get_config returning an ml_collections.ConfigDict"
         )
-    return module.get_config(arg)
+    made = module.get_config(arg)
+    if not hasattr(made, "keys"):
+        raise InputError(
+            f"{path_and_arg}: get_config returned {made!r}; wanted an "
+            "ml_collections.ConfigDict"
+        )
+    return made
+
+
+def variant(arg: str | None, *known: str) -> str:
+    """The argument of an experiment file: one of `known`, or "" where none is given."""
+    if arg and arg not in known:
+        raise InputError(f"experiment argument {arg!r}{nearest(arg, known)}")
+    return arg or ""
 
 
 def load_module(path_and_arg: str) -> tuple[types.ModuleType, str | None]:
@@ -62,6 +76,10 @@ def load_module(path_and_arg: str) -> tuple[types.ModuleType, str | None]:
         raise InputError(f"experiment file {path_text!r} does not exist{near}")
     name = "qwen_jax_experiment_" + path.stem
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise InputError(
+            f"{path_text}: it is not a Python file; wanted an experiment file (NAME.py)"
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module, (arg or None)
@@ -105,7 +123,7 @@ def _parse(text: str, old: Any, key: str) -> Any:
         raise InputError(f"--config.{key}={text}: wanted true or false")
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         if old is None:
             return text
         raise InputError(
@@ -178,6 +196,13 @@ def _coerce(hint: Any, value: Any, at: str) -> Any:
     """`value` as the annotated type; InputError naming the place when it is not."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        lists = any(typing.get_origin(arg) is tuple for arg in args)
+        if isinstance(value, str) and (
+            value == "None" or (lists and value[:1] in "([")
+        ):
+            # Text stays text where the old value was some, so it is read only here.
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = ast.literal_eval(value)
         if value is None and type(None) in args:
             return None
         errors = []

@@ -150,7 +150,12 @@ def resolve(
       data_path: a folder or file that replaces the sources of the file.
     """
     given = config.thaw(config.load(path))
-    model = given.get("model", {})
+    model = given.setdefault("model", {})
+    if not isinstance(model, dict):
+        raise config.InputError(
+            f"model: wanted a group of keys, got {model!r}; a published size is named "
+            "by model.base"
+        )
     base = dict(overrides).get("model.base") or model.pop("base", "")
     overrides = [(k, v) for k, v in overrides if k != "model.base"]
     model.pop("base", "")

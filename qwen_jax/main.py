@@ -198,12 +198,14 @@ def _train(
     for line in setup.lines:
         say(line)
     compiling = None
-    if meta is None and not exp.data.tokenizer:
-        checks.learnt_vocabulary(exp)
-        compiling = _compile(setup)  # while the vocabulary is learnt
+    if meta is None:
+        if not exp.data.tokenizer:
+            checks.learnt_vocabulary(exp)
+            compiling = _compile(setup)  # while the vocabulary is learnt
         # One that is there is of a run that never saved, perhaps of other settings.
-        if primary:
-            (workdir / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+        kept, asked = (workdir / "tokenizer").resolve(), exp.data.tokenizer
+        if primary and not pathlib.Path(asked).resolve().is_relative_to(kept):
+            (kept / "tokenizer.json").unlink(missing_ok=True)
     vocabulary = _vocabulary(exp, workdir, sources)
     checks.vocabulary(exp, vocabulary)
     checks.samples(exp, vocabulary)

@@ -12,7 +12,8 @@ written in the code. All of them go through this file (`einsum`, `gather`, `resh
 notebook, one device) each op is its plain twin.
 
 Units: `MeshConfig` sizes are counts of devices; -1 (one axis at most) takes the rest.
-Raises: config.InputError for sizes that do not multiply to the devices at hand.
+Raises: config.InputError for sizes that do not multiply to the devices at hand and for
+rules that lay two dims of one array on one axis.
 """
 
 import dataclasses
@@ -99,12 +100,22 @@ class Rules:
     vocab: Axes = "tensor"
     layers: Axes = None
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            for axis in names(getattr(self, field.name)):
+                if axis not in AXES:
+                    hint = config.nearest(axis, AXES)
+                    raise ValueError(f"{field.name}={axis!r}{hint}")
+
     def pspec(self, *dims: str | None) -> P:
         """("batch", None, "ffn") -> P(("data", "fsdp"), None, "tensor")."""
         axes = [None if dim is None else getattr(self, dim) for dim in dims]
         flat = [a for ax in axes if ax for a in ((ax,) if isinstance(ax, str) else ax)]
         if len(set(flat)) != len(flat):
-            raise ValueError(f"dims {dims} lie on one mesh axis twice: {axes}")
+            raise config.InputError(
+                f"dims {dims} lie on one mesh axis twice: {axes}; change "
+                "--config.rules.*"
+            )
         return P(*axes)
 
     def gathered(self, *dims: str | None) -> P:

@@ -81,9 +81,14 @@ def generate(args: argparse.Namespace) -> int:
 def _lines(path: str) -> list[str]:
     """Prompts of a file, one a line; - reads standard input."""
     try:
-        text = sys.stdin.read() if path == "-" else pathlib.Path(path).read_text()
+        data = pathlib.Path(path).read_bytes() if path != "-" else None
+        text = sys.stdin.read() if data is None else data.decode()
     except OSError as error:
         raise config.InputError(f"--prompt_file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise config.InputError(
+            f"--prompt_file {path}: it is not UTF-8 text ({error})"
+        ) from error
     return [line for line in text.splitlines() if line]
 
 

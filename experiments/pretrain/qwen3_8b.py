@@ -22,6 +22,8 @@ import sysconfig
 
 import ml_collections
 
+from qwen_jax import config
+
 PYTHON = {
     "path": sysconfig.get_paths()["stdlib"],
     "include": ["json/*.py", "email/*.py"],
@@ -41,7 +43,7 @@ TINY = {  # the same switches at a size for a CPU
 
 
 def get_config(arg=None):
-    tiny = arg == "tiny"
+    tiny = config.variant(arg, "tiny") == "tiny"
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.data = {

@@ -9,12 +9,15 @@ text, which is what `gzip -9` gets, too; end marks count as predictions and not 
 bytes, so bits per byte err on the high side.
 Invariants: held-out documents are those that the loader never returns; `texts` never
 gives a held-out one.
-Raises: InputError where holdout_share is above 0 and no document falls to it.
+Raises: InputError where holdout_share is above 0 and no document falls to it, and where
+a vocabulary is to be learnt and there is no text.
 """
 
 import dataclasses
+import itertools
 import math
 import pathlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -154,6 +157,17 @@ def texts(
             return
 
 
+def _no_text(sources: Sequence[source.Source]) -> config.InputError:
+    """Why a corpus gives no text, by a look at its first records."""
+    records = [r for one in sources for r in one.read(range(min(len(one), _READ)))]
+    bad = Counter(r.reason for r in records if isinstance(r, source.Bad))
+    return config.InputError(
+        f"no text to learn a vocabulary from in {sum(map(len, sources))} records of "
+        f"the corpus ({dict(bad)}); look at text_field, holdout_share and the files, "
+        "or set data.tokenizer"
+    )
+
+
 def prepare_tokenizer(
     data: source.DataConfig,
     folder: str | pathlib.Path,
@@ -169,8 +183,12 @@ def prepare_tokenizer(
         vocabulary = tokenizer.load(data.tokenizer)
     else:
         enough = _TRAINING_BYTES_PER_ID * data.vocab_size
-        vocabulary = tokenizer.train(
-            texts(data, enough, sources=sources), data.vocab_size
-        )
+        sources = sources or source.open_sources(data)
+        sample = texts(data, enough, sources=sources)
+        first = next(sample, None)
+        if first is None:
+            raise _no_text(sources)
+        whole = itertools.chain([first], sample)
+        vocabulary = tokenizer.train(whole, data.vocab_size)
     vocabulary.save(folder)
     return vocabulary

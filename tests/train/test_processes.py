@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes train as one does: same order of samples, same losses, one folder."""
+
+import json
+
+import jax
+import numpy as np
+
+from qwen_jax import cli
+from qwen_jax.data import loader
+from tests import runs
+
+STEPS = 20
+LEAN = [
+    f"--config.train.num_steps={STEPS}",
+    "--config.sample.every_steps=0",
+    "--config.eval.every_steps=20",
+    "--config.checkpoint.every_steps=0",
+]
+
+
+def positions(workdir):
+    """What each process stored of its place in the data."""
+    folder = workdir / "checkpoints" / f"{STEPS:08d}"
+    paths = sorted(folder.glob("local.*.json"))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path, monkeypatch):
+    data = runs.corpus(tmp_path / "corpus")
+    one, two = tmp_path / "one", tmp_path / "two"
+    pair = runs.start_pair(runs.words(two, data, *LEAN, arg="adamw"))
+    folder = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+    assert cli.main([*runs.words(one, data, *LEAN, arg="adamw"), "--quiet"]) == 0
+    ends = [runs.finish(process) for process in pair]
+    for code, _, err in ends:
+        assert code == 0, err
+    first, second = (out for _, out, _ in ends)
+    assert "finished 20 steps" in first
+    assert all(line.startswith("[Gloo]") for line in second.splitlines())
+    assert json.loads((two / "run.json").read_text())["mesh"]["data"] == 2
+
+    # The same documents in the same rows: all that was read, and all that comes next.
+    (alone,), both = positions(one), positions(two)
+    assert len(both) == 2 and set(both[0]["lanes"]).isdisjoint(both[1]["lanes"])
+    assert loader.merge_states(both) == alone
+    made = [row for row in runs.rows(two) if "loss" in row]
+    same = [row for row in runs.rows(one) if "loss" in row]
+    for key in ("step", "tokens", "padding_share", "lr"):
+        assert [row[key] for row in made] == [row[key] for row in same], key
+    wanted = runs.losses(one)
+    assert len(wanted) == STEPS and wanted[0] - wanted[-1] > 1, "nothing was learnt"
+    np.testing.assert_allclose(runs.losses(two), wanted, rtol=1e-5)
+    norms = [[row["grad_norm"] for row in rows] for rows in (made, same)]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+
+    # One writer: each line once, the evaluation over the rows of both.
+    (score,), (want,) = runs.evaluations(two), runs.evaluations(one)
+    np.testing.assert_allclose(score["eval_loss"], want["eval_loss"], rtol=1e-5)
+    assert (two / "export" / "model.safetensors").is_file()
