@@ -97,8 +97,9 @@ def launch(name: str, args, stack: contextlib.ExitStack) -> tuple[rounds.Child, 
     """Start a candidate's process; its options."""
     options = options_of(args)
     if name == "loop":
-        # A save lands inside a turn, steps before its end, and not in every turn.
-        every = args.steps * max(1, round(args.save_every / args.steps))
+        # A save lands among the counted steps of a turn, and not in every turn.
+        turn = args.steps + 1
+        every = turn * max(1, round(args.save_every / turn))
         workdir = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
         return start("ours_loop.py"), options | {
             "workdir": workdir,

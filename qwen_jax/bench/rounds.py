@@ -3,8 +3,10 @@
 
 Source: this project. A machine's speed drifts (clock, heat, neighbours), so numbers of
 separate runs say little about ratios. Here every round gives each candidate one turn of
-a few steps, the order shifts by one from round to round, ratios are taken inside a
-round, and the median over rounds is reported with its spread.
+a few steps in a new random order, ratios are taken inside a round, and the median over
+rounds is reported with its spread. A turn begins with a step that is not counted: the
+memory of a process that has waited is cold (a machine may have split its huge pages or
+reclaimed them), which costs up to a step's time and no training run ever sees.
 Formats: children speak the JSON lines of peers/line.py.
 Units: seconds; `others` is the share of all cores that other processes took in a turn.
 Invariant: a child that is not in its turn waits on a pipe and takes no time.
@@ -17,6 +19,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import random
 import select
 import statistics
 import subprocess
@@ -130,12 +133,12 @@ def measure(
       all turns in the order in which they were made.
     """
     turns = []
-    names = list(children)
+    names, draw = list(children), random.Random(0)
     for number in range(rounds):
         if number and seconds_left() <= 0:
             break
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in draw.sample(names, len(names)):
+            children[name].ask({"do": "steps", "n": 1}, timeout_s)
             busy = busy_s()
             answer = children[name].ask({"do": "steps", "n": steps[name]}, timeout_s)
             busy = None if busy is None else busy_s() - busy
