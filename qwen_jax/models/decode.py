@@ -64,10 +64,12 @@ def generate(
             f"a prompt of {longest} tokens and max_tokens={max_tokens} pass the "
             f"model's {spec.max_positions} positions; shorten one of them"
         )
-    if max(max(p) for p in prompts) >= spec.vocab_size:
+    ids = [token for prompt in prompts for token in (min(prompt), max(prompt))]
+    wrong = [token for token in ids if not 0 <= token < spec.vocab_size]
+    if wrong:
         raise config.InputError(
-            f"a prompt holds id {max(max(p) for p in prompts)}, the model's vocabulary "
-            f"ends at {spec.vocab_size - 1}: the tokenizer is not this model's"
+            f"a prompt holds id {wrong[0]}, the model's ids are 0 to "
+            f"{spec.vocab_size - 1}: the tokenizer is not this model's"
         )
     bucket = -(-longest // BUCKET) * BUCKET
     ways = mesh.axis_size((rules or mesh.Rules()).batch)

@@ -76,7 +76,7 @@ def derive(
             )
         steps = rows // micro_rows
         return Batch(rows, micro_rows, steps, f"micro-batch = {micro_rows} rows: given")
-    room = HEADROOM * memory_bytes - fixed_bytes
+    room = int(HEADROOM * memory_bytes) - fixed_bytes
     row_bytes = activation_bytes_per_token * seq_tokens
 
     def fits(n: int) -> bool:

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published sizes: parameter counts and FLOPs against the published totals."""
+
+import dataclasses
+
+import pytest
+
+from qwen_jax import config, models
+from qwen_jax.models import decoder, flops, hf
+from qwen_jax.models import spec as spec_lib
+
+# Weights of the published checkpoints (the sum over their safetensors files, a tied
+# head once), and the billions "non-embedding" of the model cards and reports.
+PUBLISHED = {
+    "qwen2-0.5b": (494_032_768, 0.36),
+    "qwen2-1.5b": (1_543_714_304, 1.31),
+    "qwen2-7b": (7_615_616_512, 6.53),
+    "qwen2-72b": (72_706_203_648, 70.21),
+    "qwen2.5-0.5b": (494_032_768, 0.36),
+    "qwen2.5-1.5b": (1_543_714_304, 1.31),
+    "qwen2.5-3b": (3_085_938_688, 2.77),
+    "qwen2.5-7b": (7_615_616_512, 6.53),
+    "qwen2.5-14b": (14_770_033_664, 13.1),
+    "qwen2.5-32b": (32_763_876_352, 31.0),
+    "qwen2.5-72b": (72_706_203_648, 70.0),
+    "qwen3-0.6b": (596_049_920, 0.44),
+    "qwen3-1.7b": (1_720_574_976, 1.4),
+    "qwen3-4b": (4_022_468_096, 3.6),
+    "qwen3-8b": (8_190_735_360, 6.95),
+    "qwen3-14b": (14_768_307_200, 13.2),
+    "qwen3-32b": (32_762_123_264, 31.2),
+}
+
+
+@pytest.mark.parametrize("name", spec_lib.NAMED)
+def test_published_totals(name):
+    spec = spec_lib.get(name)
+    total, non_embedding = PUBLISHED[name]
+    assert flops.num_params(spec) == total
+    # Cards round freely: 13.21 is given as 13.1, 31.21 as 31.0, 70.21 as 70.0.
+    assert flops.num_non_embedding(spec) / 1e9 == pytest.approx(
+        non_embedding, rel=0.01, abs=0.06
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen2-1.5b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b"])
+def test_as_many_weights_as_transformers_makes_of_the_configuration(name):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    raw = hf.config_of(spec_lib.get(name))
+    kind = {"qwen2": "Qwen2", "qwen3": "Qwen3"}[raw["model_type"]]
+    settings = getattr(transformers, f"{kind}Config")(**raw)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}ForCausalLM")(settings)
+    theirs = sum(weight.numel() for weight in model.parameters())
+    assert flops.num_params(spec_lib.get(name)) == theirs
+
+
+def test_flops_of_a_token_are_those_of_its_products():
+    """Every product of the forward pass of one token of Qwen3-8B, written out."""
+    spec, t = spec_lib.get("qwen3-8b"), 4096
+    layer = 2 * 4096 * 128 * (32 + 8 + 8 + 32) + 3 * 2 * 4096 * 12288
+    scores = 2 * 2 * 32 * 128 * t
+    head = 2 * 4096 * 151_936
+    products = 36 * (layer + scores) + head
+    got = flops.forward_per_token(spec, t)
+    assert got == pytest.approx(products, rel=1e-4)  # norms count as weights
+    assert flops.train_per_token(spec, t) == 3 * got
+    causal = flops.forward_per_token(spec, t, causal=True)
+    assert got - causal == pytest.approx(36 * 2 * 2 * 32 * 128 * (t - 1) / 2)
+    # 6 N per token without attention, as in scaling laws.
+    assert flops.train_per_token(spec, 1) == pytest.approx(6 * 7.568e9, rel=1e-3)
+
+
+def test_keys_that_a_window_leaves():
+    spec = spec_lib.get("qwen3-0.6b", window=4, num_layers=2, full_layers=1)
+    heads = 4 * 16 * 128
+    weights = 2 * flops.num_params(spec)
+    got = flops.forward_per_token(spec, 10, causal=True)
+    # Queries see 1, 2, 3, 4, 4, ... keys in one layer and 1 .. 10 in the other.
+    assert got - weights == pytest.approx(heads * ((1 + 2 + 3 + 4 * 7) / 10 + 5.5))
+
+
+def test_keys_and_values_of_a_token():
+    # 36 layers, 8 heads of 128, two of them, two bytes each: 144 KiB.
+    assert flops.kv_bytes_per_token(spec_lib.get("qwen3-8b")) == 144 * 1024
+
+
+def test_the_window_begins_after_the_full_layers():
+    spec = spec_lib.get("qwen3-0.6b", num_layers=4, window=128, full_layers=3)
+    assert spec.windows == (0, 0, 0, 128)
+    assert decoder._stretches(spec) == [(0, 3, 0), (3, 4, 128)]
+    assert decoder._stretches(spec_lib.get("qwen3-8b")) == [(0, 36, 0)]
+
+
+def test_one_tree_whatever_the_loop():
+    spec = spec_lib.get("qwen3-0.6b", num_layers=3)
+    tree = decoder.decoder_params(spec)
+    assert tree["layers"]["attention"]["q_ldnk"].shape == (3, 1024, 16, 128)
+    assert "head_vd" not in tree
+    untied = dataclasses.replace(spec, tie_embedding=False)
+    assert decoder.decoder_params(untied)["head_vd"].shape == (151_936, 1024)
+    assert set(models.__all__) >= {"init", "load", "save", "forward"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_heads": 3}, "num_heads=3 must be a multiple of num_kv_heads=8"),
+        ({"head_width": 7}, "head_width=7 must be even"),
+        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
+        ({"attention": "splish"}, "did you mean 'splash'"),
+        ({"compute_dtype": "bf16"}, "compute_dtype='bf16': wanted one of"),
+        ({"rope_scaling": {"kind": "ntk"}}, "kind 'ntk': wanted linear or yarn"),
+        ({"rope_scaling": {"factor": 0.5}}, "factor 0.5 must be at least 1"),
+        ({"depth": 3}, "unknown key 'depth' in model"),
+    ],
+)
+def test_sizes_that_make_no_model(change, told):
+    with pytest.raises(config.InputError, match=told):
+        spec_lib.get("qwen3-0.6b", **change)
+
+
+def test_an_unknown_size_gets_the_nearest():
+    with pytest.raises(config.InputError, match=r"did you mean 'qwen3-8b'"):
+        spec_lib.get("qwen3-8B")
