@@ -61,6 +61,7 @@ def init_from(exp: experiment.Experiment, say: Callable[[str], None]) -> None:
             f"train.init_from={folder} is not the model of this run: "
             f"{'; '.join(lines)}; set --config.model.* to its values"
         )
+    hf.check(folder, there)
     for line in lines:
         say(f"note: unlike in {folder}, {line}")
 

@@ -14,7 +14,9 @@ architecture, a missing, surplus or misshapen tensor; no code from the folder is
 """
 
 import json
+import math
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -54,6 +56,13 @@ NAMES: dict[str, tuple[str, str]] = {
     "layers.mlp.down_lfd": (_MLP + "down_proj.weight", "d f -> f d"),
 }
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 # Buffers that some checkpoints carry and no model needs.
 IGNORED = ("rotary_emb.inv_freq",)
 
@@ -72,6 +81,12 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
         )
     if raw.get("hidden_act", "silu") != "silu":
         raise config.InputError(f"hidden_act {raw['hidden_act']!r}: wanted 'silu'")
+    missing = [key for key in REQUIRED if not isinstance(raw.get(key), int)]
+    if missing:
+        raise config.InputError(
+            f"config.json lacks {', '.join(missing)}: wanted whole numbers; is it the "
+            "file of a whole language model?"
+        )
     heads = raw["num_attention_heads"]
     theta, scaling = _rope(raw)
     eos = raw.get("eos_token_id")
@@ -216,9 +231,12 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
             "(config.json and *.safetensors)"
         )
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
         raise config.InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise config.InputError(f"{path} holds no JSON object, which it should")
+    return raw
 
 
 class _Tensors:
@@ -238,7 +256,8 @@ class _Tensors:
                 handle = safetensors.safe_open(path, framework="numpy")
             except (safetensors.SafetensorError, OSError) as error:
                 raise config.InputError(
-                    f"{path} cannot be read as safetensors: {error}"
+                    f"{path} cannot be read as safetensors: {error}; it may be cut off "
+                    "or a stand-in of a version control system: copy it anew"
                 ) from error
             self._open[path] = handle
             for name in handle.keys():
@@ -248,17 +267,70 @@ class _Tensors:
                         f"{path.name}"
                     )
                 self._where[name] = path
-        self.left = set(self._where)
+        self.names = set(self._where)
 
-    def get(self, name: str) -> np.ndarray:
-        """The tensor, marked as used."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, from the file's header."""
         if name not in self._where:
             raise config.InputError(
                 f"the model files have no tensor {name!r}"
-                f"{config.nearest(name, list(self._where)[:500])}"
+                f"{config.nearest(name, list(self._where)[:500])}; the folder is of "
+                "another model than its config.json, or not whole"
             )
-        self.left.discard(name)
+        return tuple(self._open[self._where[name]].get_slice(name).get_shape())
+
+    def get(self, name: str) -> np.ndarray:
+        """The tensor."""
         return self._open[self._where[name]].get_tensor(name)
+
+
+def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
+    """Compare names and shapes of a folder's tensors with a Spec; read no weights.
+
+    Raises:
+      config.InputError: unreadable files, a missing, surplus or misshapen tensor.
+    """
+    folder = pathlib.Path(folder)
+    tensors = _Tensors(folder)
+    used = {"lm_head.weight"} if spec.tie_embedding else set()
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        decoder.decoder_params(spec), is_leaf=params.is_param
+    )
+    for path, _ in flat:
+        name, pattern = NAMES[_key(path)]
+        wanted = _shape_there(pattern, spec)
+        for full in _names_there(name, spec):
+            found = tensors.shape(full)
+            if found != wanted:
+                raise config.InputError(
+                    f"tensor {full!r} of {folder} has shape {found}, its config.json "
+                    f"wants {wanted}: the two are of different models"
+                )
+            used.add(full)
+    left = [n for n in tensors.names - used if not n.endswith(IGNORED)]
+    if left:
+        raise config.InputError(
+            f"{folder}: {len(left)} tensors belong to no weight of a "
+            f"{spec.family} model: {', '.join(sorted(left)[:5])}; check model_type and "
+            "tie_word_embeddings in its config.json"
+        )
+    return tensors
+
+
+def _names_there(name: str, spec: spec_lib.Spec) -> list[str]:
+    """Names of the tensors that one weight of ours is made of."""
+    count = spec.num_layers if "{i}" in name else 1
+    return [name.format(i=i) for i in range(count)]
+
+
+def _shape_there(pattern: str, spec: spec_lib.Spec) -> tuple[int, ...]:
+    """(heads * head width, width) for the pattern "(n k) d -> d n k"."""
+    sizes = _sizes(spec)
+    dims = re.findall(r"\(([^)]*)\)|(\w)", pattern.partition(" -> ")[0])
+    return tuple(
+        math.prod(sizes[one] for one in (group or single).split())
+        for group, single in dims
+    )
 
 
 def load(
@@ -285,7 +357,7 @@ def load(
     dtype = dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32"
     changes = {"param_dtype": dtype, "compute_dtype": dtype} | changes
     spec = spec_from_config(raw, **changes)
-    tensors = _Tensors(folder)
+    tensors = check(folder, spec)
     tree = decoder.decoder_params(spec)
     layout = None
     if device_mesh is not None:
@@ -296,14 +368,6 @@ def load(
     for (path, p), place in zip(flat, places, strict=True):
         host = _read(tensors, _key(path), p, spec)
         leaves.append(jax.device_put(host, place))
-    if spec.tie_embedding:
-        tensors.left.discard("lm_head.weight")
-    left = [n for n in tensors.left if not n.endswith(IGNORED)]
-    if left:
-        raise config.InputError(
-            f"{folder}: {len(left)} tensors belong to no weight of a "
-            f"{spec.family} model: {', '.join(sorted(left)[:5])}"
-        )
     return spec, treedef.unflatten(leaves)
 
 
@@ -332,25 +396,11 @@ def _read(tensors: _Tensors, key: str, p: params.Param, spec: spec_lib.Spec) -> 
     """One weight of ours from its tensors, stacked where ours is."""
     name, pattern = NAMES[key]
     dtype = jnp.dtype(spec.param_dtype)
-    stacked = "{i}" in name
     sizes = _axes_of(pattern, spec)
     out = np.empty(p.shape, dtype)
-    for i in range(spec.num_layers if stacked else 1):
-        full = name.format(i=i)
-        tensor = tensors.get(full)
-        try:
-            part = rearrange(tensor, pattern, **sizes)
-        except Exception as error:
-            raise config.InputError(
-                f"tensor {full!r} has shape {tensor.shape}, which does not fit "
-                f"{pattern!r} with {sizes}: {str(error).splitlines()[0]}"
-            ) from error
-        target = out[i] if stacked else out
-        if part.shape != target.shape:
-            raise config.InputError(
-                f"tensor {full!r} gives {part.shape}, config.json wants {target.shape}"
-            )
-        target[...] = part.astype(dtype)
+    for i, full in enumerate(_names_there(name, spec)):
+        target = out[i] if "{i}" in name else out
+        target[...] = rearrange(tensors.get(full), pattern, **sizes).astype(dtype)
     return out
 
 

@@ -231,7 +231,11 @@ def test_wrong_tensors_are_named(tmp_path):
     for key, value, words in [
         ("num_hidden_layers", 4, "no tensor 'model.layers.3"),
         ("num_hidden_layers", 2, "belong to no weight"),
-        ("intermediate_size", 48, "does not fit"),
+        (
+            "intermediate_size",
+            48,
+            r"shape \(32, 64\), its config.json wants \(32, 48\)",
+        ),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
         with pytest.raises(config.InputError, match=words):

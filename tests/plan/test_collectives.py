@@ -136,7 +136,8 @@ replica_groups=mesh['axis_0'=4,'axis_1'=4] {'axis_1'}, dimensions={0}
 }
 
 ENTRY %main (p: bf16[64,128]) -> bf16[64,128] {
-  %while.1 = (s32[]{:T(128)}, bf16[64,128]{1,0}) while(%tuple), condition=%cond, body=%body
+  %while.1 = (s32[]{:T(128)}, bf16[64,128]{1,0}) while(%tuple), condition=%cond, \
+body=%body
   %all-gather-start.3 = (bf16[4,128]{1,0}, bf16[64,128]{1,0}) all-gather-start(%q), \
 replica_groups=[1,16]<=[16], dimensions={0}
   %all-gather-done.3 = bf16[64,128]{1,0} all-gather-done(%all-gather-start.3)
