@@ -174,9 +174,17 @@ def project(p, x_btd, cos_btk, sin_btk, spec, rules):
         if spec.qkv_bias:
             y = y + p[f"{name}_bias_l{letter}k"].astype(dtype)[None, None]
         y = checkpoint_name(y, name)
-        if rotate and spec.qk_norm:
-            y = norm.rms_norm(y, p[f"{name}_norm_lk"], spec.norm_eps)
-        return rope.apply(y, cos_btk, sin_btk) if rotate else y
+        if not rotate:
+            return y
+        scale_k = p[f"{name}_norm_lk"] if spec.qk_norm else None
+        return turn(y, scale_k, cos_btk, sin_btk)
+
+    # The backward pass computes this again from the product, which is kept anyway.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def turn(y, scale_k, cos_btk, sin_btk):
+        if scale_k is not None:
+            y = norm.rms_norm(y, scale_k, spec.norm_eps)
+        return rope.apply(y, cos_btk, sin_btk)
 
     return (
         one("q", "heads", True),

@@ -6,10 +6,14 @@ dim; `eps` is added to it. The product with the weight is taken after the cast b
 order the published Qwen checkpoints were trained with.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 
+# The backward pass computes it again from x instead of keeping what lies between.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
 def rms_norm(x: jax.Array, weight_d: jax.Array, eps: float) -> jax.Array:
     """y = x / sqrt(mean(x^2) + eps) * w."""
     dtype = x.dtype

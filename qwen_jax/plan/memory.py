@@ -118,9 +118,9 @@ def activation_bytes_per_token(
         "mlp_up": ffn,
     }
     names = decoder.saved_names(remat)
-    # Autodiff left alone keeps the inputs of products and of nonlinearities.
+    # Autodiff left alone keeps the inputs of products and of attention, too.
     layer = (
-        2 * sum(each.values()) + 4 * width + ffn
+        sum(each.values()) + q + kv + 3 * width
         if names is None
         else sum(each[name] for name in names)
     )
