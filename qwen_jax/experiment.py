@@ -44,6 +44,12 @@ MAY_CHANGE = (
 )
 
 
+def _not_negative(record: Any, *names: str) -> None:
+    for name in names:
+        if getattr(record, name) < 0:
+            raise ValueError(f"{name}={getattr(record, name)} must not be negative")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How long and how large; 0 leaves a number to be derived in the open.
@@ -66,9 +72,7 @@ class TrainConfig:
     def __post_init__(self):
         if self.loop not in ("scan", "unroll"):
             raise ValueError(f"loop={self.loop!r}: wanted scan or unroll")
-        for name in ("num_steps", "tokens", "batch_tokens", "micro_rows"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        _not_negative(self, "num_steps", "tokens", "batch_tokens", "micro_rows")
         if self.num_steps and self.tokens:
             raise ValueError(
                 f"num_steps={self.num_steps} and tokens={self.tokens}: set one of them"
@@ -78,6 +82,8 @@ class TrainConfig:
                 f"num_steps={self.num_steps} needs batch_tokens, the global batch; or "
                 "give tokens, the length of the run, and leave both open"
             )
+        if self.max_skipped < 1:
+            raise ValueError(f"max_skipped={self.max_skipped} must be at least 1")
         decoder.saved_names(self.remat)
 
 
@@ -90,6 +96,9 @@ class CheckpointConfig:
     keep: int = 3
     keep_every: int = 0
 
+    def __post_init__(self):
+        _not_negative(self, "every_steps", "every_s", "keep_every")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
@@ -101,6 +110,9 @@ class EvalConfig:
     every_steps: int = 200
     max_tokens: int = 0
 
+    def __post_init__(self):
+        _not_negative(self, "every_steps", "max_tokens")
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
@@ -110,6 +122,11 @@ class SampleConfig:
     prompts: tuple[str, ...] = ()
     max_tokens: int = 64
     temperature: float = 0.0
+
+    def __post_init__(self):
+        _not_negative(self, "every_steps", "temperature")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,6 +107,11 @@ def run(options: Options) -> int:
         return dryrun.main(exp, options)
     if not options.workdir:
         raise config.InputError("--workdir is needed: the folder of this run")
+    if "://" in options.workdir:
+        raise config.InputError(
+            f"--workdir {options.workdir}: wanted a folder that every process of the "
+            "run sees, not a URL; mount the bucket or share and give its path"
+        )
     workdir = pathlib.Path(options.workdir).absolute()
     sources = source.open_sources(exp.data)  # missing files are told before JAX starts
     start_jax(options)

@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -74,7 +75,13 @@ def make(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             ".tensor to -1 to take the rest"
         )
     types = (AxisType.Explicit,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # no axes of the TPU's torus multiply to these sizes
+        split = mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
+        return Mesh(split, AXES, axis_types=types)
 
 
 Axes = str | tuple[str, ...] | None

@@ -67,6 +67,7 @@ class Session:
         self.started_s = self.saved_s = time.monotonic()
         self.tokens = self.skipped = 0.0
         self.made = 0  # steps made and logged
+        self.tracing = False
         self.last_saved: int | None = None
         self.bytes_v = self._bytes_table()
         self.heldout: list[Any] | None = None
@@ -337,7 +338,13 @@ class Session:
             return
         if number == first:
             jax.profiler.start_trace(self.workdir / "profile")
-        if number == first + self.exp.log.profile_steps:
+            self.tracing = True
+        elif number == first + self.exp.log.profile_steps:
+            self._end_profile()
+
+    def _end_profile(self) -> None:
+        if self.tracing:  # not where a run was resumed inside the window
+            self.tracing = False
             jax.profiler.stop_trace()
             self._progress("message", f"profile written to {self.workdir / 'profile'}")
 
@@ -350,6 +357,7 @@ class Session:
 
         After a failure nothing here may hide it, or wait for a peer that is gone.
         """
+        self._end_profile()
         self._progress("close")
         try:
             if not failed:

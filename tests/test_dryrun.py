@@ -10,7 +10,7 @@ import math
 import jax
 import pytest
 
-from qwen_jax import cli, config, dryrun, experiment, prepare
+from qwen_jax import cli, config, dryrun, experiment, mesh, prepare
 from qwen_jax.models import flops
 from qwen_jax.plan import chips, topology
 from tests import runs
@@ -171,6 +171,15 @@ def test_slices_that_are_not_there(name, count, kind):
     assert len(devices) == count
     assert {d.device_kind for d in devices} == {kind}
     assert not math.isnan(chips.peak_flops_per_s(devices[0])[0])
+
+
+@needs_libtpu
+@pytest.mark.parametrize("sizes", [(2, 8, 1), (2, 4, 2), (1, 8, 2)])
+def test_meshes_that_split_an_axis_of_the_torus(sizes):
+    devices = topology.devices("v6e:4x4")
+    made = mesh.make(mesh.MeshConfig(*sizes), devices)
+    assert tuple(made.shape.values()) == sizes
+    assert {d.id for d in made.devices.flat} == {d.id for d in devices}
 
 
 def published(name, layers=0):

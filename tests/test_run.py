@@ -337,3 +337,30 @@ def test_a_save_that_fails_ends_the_run_and_keeps_the_older_ones(
     )
     assert here.run(copied, "--config.train.num_steps=12")[0] == 0
     assert len(runs.losses(copied)) == 12
+
+
+@pytest.mark.parametrize(("first", "traced"), [(8, True), (5, False)])
+def test_a_profile_that_a_resume_or_the_end_cuts(here, copied, first, traced):
+    """Steps 7 to 9 are made; a window from 5 began before the resume."""
+    back_to(copied, 6)
+    window = [f"--config.log.profile_from={first}", "--config.log.profile_steps=3"]
+    code, _, err = here.run(copied, *window, *LEAN)
+    assert code == 0, err
+    assert bool(list(copied.rglob("*.xplane.pb"))) == traced
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("train.max_skipped=0", "max_skipped=0 must be at least 1"),
+        ("sample.max_tokens=0", "max_tokens=0 must be at least 1"),
+        ("checkpoint.every_steps=-1", "every_steps=-1 must not be negative"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(here, tmp_path, change, told):
+    assert told in here.refused(tmp_path / "run", f"--config.{change}")
+
+
+def test_a_url_as_run_folder_is_refused(here):
+    code, _, err = here.run("gs://bucket/run")
+    assert code == 2 and "wanted a folder that every process" in err
