@@ -7,7 +7,8 @@ Source: shape, Qwen3 technical report (arXiv 2505.09388) table 1; batch and rate
 Step Law (arXiv 2503.04715); tokens, 20 a weight (arXiv 2203.15556).
 Layout: weights are split over all chips, on two axes of sixteen, each a ring: gathered
 layer by layer, their gradients scattered along one ring after the other.
-Expected: see Run; at 40 % of the peak 430,000 tokens/s, 17 days.
+Expected: peak of 23.8 GiB of 31.25 a chip (compiled, not run); at 40 % of the peak
+430,000 tokens/s, 17 days.
 Cost: 1.4e23 FLOPs. `:tiny` takes seconds on a CPU.
 Run: qwen-jax run --config experiments/pretrain/qwen3_32b.py --dry_run
          --topology v6e:16x16
