@@ -80,10 +80,11 @@ set -uo pipefail
 cd $(printf %q "$PWD")
 ${devices:+$devices
 }
-# Slurm's warning comes to this shell; srun hands the SIGTERM on to every process.
+# Slurm's warning comes to this shell alone. The processes are told through scancel: srun
+# answers a SIGTERM of its own by killing them.
 limit_near=""
-trap 'limit_near=yes; kill -TERM "\$step"' USR1
-trap 'kill -TERM "\$step"' TERM
+trap 'limit_near=yes; scancel --signal=TERM "\$SLURM_JOB_ID"' USR1
+trap : TERM # Slurm told the processes, too; a second SIGTERM would end them unsaved
 
 srun --kill-on-bad-exit=1 ${command% } &
 step=\$!

@@ -160,10 +160,12 @@ def test_slurm_submits_the_file_it_shows(shell):
     assert slurm_job(shell, "--log_dir", logs).startswith(seen.read_text())
 
 
-SRUN = """trap 'echo saved; exit 0' TERM
+# As srun does: a SIGTERM to itself kills its processes. USR2 stands for theirs.
+SRUN = """trap 'echo killed; exit 143' TERM
+trap 'echo saved; exit 0' USR2
 echo "srun $*"
 [[ -z "${FAILS:-}" ]] || exit 9
-touch "$UP"
+echo $$ > "$UP.new" && mv "$UP.new" "$UP"
 for _ in $(seq "${TICKS:-600}"); do sleep 0.1; done
 """
 
@@ -171,6 +173,8 @@ for _ in $(seq "${TICKS:-600}"); do sleep 0.1; done
 def run_slurm_job(shell, **env):
     shell.stand_in("srun", SRUN)
     shell.stand_in("scontrol", 'echo "scontrol $*"')
+    tell = '[[ "$*" == "--signal=TERM 77" ]] && kill -USR2 "$(cat "$UP")"'
+    shell.stand_in("scancel", tell)
     job = shell.folder / "job.sh"
     job.write_text(slurm_job(shell))
     up = shell.folder / "up"
@@ -197,14 +201,16 @@ def test_slurm_job_goes_back_to_the_queue_near_the_time_limit(shell):
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert out.index("saved") < out.index("scontrol requeue 77")
+    assert "killed" not in out
 
 
 def test_slurm_job_that_is_cancelled_does_not_come_back(shell):
     up, process = run_slurm_job(shell)
     wait_for(up)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # Slurm tells this shell and the processes
+    os.kill(int(up.read_text()), signal.SIGUSR2)
     out, _ = process.communicate(timeout=30)
-    assert "saved" in out and "scontrol" not in out
+    assert "saved" in out and "killed" not in out and "scontrol" not in out
 
 
 # --- tpu_pod.sh ---
@@ -240,7 +246,8 @@ def test_tpu_pod_remote_command_saves_when_the_connection_goes(shell):
     shell(ROOT / "launch/tpu_pod.sh", *flags, "run", SEEN=str(seen))
     home = shell.folder / "home"
     shell.bin = home / "qwen_jax"
-    shell.stand_in(".venv/bin/qwen-jax", SRUN)
+    saves = SRUN.replace("echo killed; exit 143", "echo saved; exit 0")
+    shell.stand_in(".venv/bin/qwen-jax", saves)
     up = home / "up"
     process = shell.start("bash", "-c", seen.read_text(), cwd=home, UP=str(up))
     wait_for(up)
