@@ -4,13 +4,15 @@
 Two runs that write one folder destroy each other's checkpoints and metrics, and nobody
 notices before the restore. `acquire` therefore holds a lock for the life of the run.
 
-Format: `run.lock` holds one JSON object (pid, host, boot, namespace, ticks, started,
-command) and is held by `flock`. Two means, because each alone is wrong somewhere: the
-kernel drops a dead process's flock, but a forked child may keep it alive and some
-network file systems do not pass it between machines; the JSON says who it was.
+Format: `run.lock` holds one JSON object (pid, host, boot, namespace, ticks, job,
+started, command) and is held by `flock`. Two means, because each alone is wrong
+somewhere: the kernel drops a dead process's flock, but a forked child may keep it alive
+and some network file systems do not pass it between machines; the JSON says who it was.
 Rules: a holder that is provably dead (same machine, process gone, machine restarted) is
-replaced silently; one on another machine cannot be checked and needs `takeover`; a run
-whose lock was taken over learns it from `Lock.check`.
+replaced silently; one on another machine cannot be checked and needs `takeover`, unless
+both are of one scheduler's job, which starts a job again only after it has ended it; a
+run whose lock was taken over learns it from `Lock.check`. The job is QWEN_JAX_JOB or
+Slurm's job number.
 Invariants: of the processes of one machine at most one passes; a run of many processes
 takes the lock in process 0 only. The file stays after `release`, empty.
 Raises: config.InputError naming the holder or the fault of the folder, and the fix.
@@ -97,7 +99,8 @@ def acquire(workdir: str | os.PathLike, takeover: bool = False) -> Lock:
             holder = _parse(os.pread(handle, 1 << 16, 0).decode("utf-8", "replace"))
             if not takeover and not _may_take(holder, free):
                 raise config.InputError(_refusal(folder, holder))
-            if takeover or not free:
+            elsewhere = holder and holder.get("host") != socket.gethostname()
+            if takeover or not free or elsewhere:
                 # The old holder's flock (or its orphan's) sits on this inode and its
                 # owner may still live: a new file, by which it learns the loss.
                 os.close(handle)
@@ -138,7 +141,7 @@ def _may_take(holder: dict[str, Any], free: bool) -> bool:
         return free
     me = _myself()
     if holder.get("host") != me["host"]:
-        return False
+        return bool(me["job"]) and holder.get("job") == me["job"]
     if holder.get("boot") != me["boot"]:
         return True  # this machine has restarted since
     if holder.get("namespace") != me["namespace"]:
@@ -174,9 +177,16 @@ def _myself() -> dict[str, Any]:
         "boot": _text("/proc/sys/kernel/random/boot_id"),
         "namespace": _link("/proc/self/ns/pid"),
         "ticks": _start_ticks(os.getpid()),
+        "job": _job(),
         "started": now.isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv)[:500],
     }
+
+
+def _job() -> str:
+    """What a scheduler starts once at a time, or ""."""
+    slurm = os.environ.get("SLURM_JOB_ID", "")
+    return os.environ.get("QWEN_JAX_JOB", "") or (f"slurm {slurm}" if slurm else "")
 
 
 def _start_ticks(pid: int) -> str:

@@ -150,6 +150,24 @@ def test_a_run_on_another_host_needs_takeover(tmp_path):
     lock.acquire(tmp_path, takeover=True).release()
 
 
+@pytest.mark.parametrize(
+    ("name", "job"), [("QWEN_JAX_JOB", "gke a"), ("SLURM_JOB_ID", "slurm 77")]
+)
+def test_a_job_that_is_started_again_elsewhere_goes_on(
+    tmp_path, monkeypatch, name, job
+):
+    monkeypatch.setenv(name, job.removeprefix("slurm "))
+    pretend(tmp_path, host="node7", pid=4242, job="another job")
+    with pytest.raises(config.InputError, match="node7"):
+        lock.acquire(tmp_path)
+    pretend(tmp_path, host="node7", pid=4242, job=job)
+    before = os.stat(tmp_path / lock.NAME).st_ino
+    with lock.acquire(tmp_path):
+        # A new file, by which a holder that still lives would learn its loss.
+        assert os.stat(tmp_path / lock.NAME).st_ino != before
+        assert json.loads((tmp_path / lock.NAME).read_text())["job"] == job
+
+
 def test_pid_reuse_and_a_restarted_machine_do_not_count_as_alive(tmp_path):
     for changes in (
         {"ticks": "1"},  # our pid, but a process that started at another time
