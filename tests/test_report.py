@@ -11,7 +11,7 @@ import re
 import shutil
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qwen_jax import config, metrics, report
@@ -281,6 +281,7 @@ def test_samples_show_first_and_last_of_many(tmp_path):
     zero=st.booleans(),
     level=st.floats(0, 1e6) | st.just(math.nan),
 )
+@example(points=[(0, 5e-324)], zero=True, level=0.0)
 def test_any_finite_curve_can_be_drawn(points, zero, level):
     points = [(float(x), y) for x, y in sorted(dict(points).items())]
     figure = plot.figure("t", [plot.Series("s", 0, points)], zero=zero, level=level)

@@ -16,6 +16,7 @@ import dataclasses
 import html
 import json
 import math
+import sys
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -163,7 +164,7 @@ def _scale(low: float, high: float, start: float, end: float, *, log: bool) -> S
 
 def ticks(low: float, high: float, log: bool = False, most: int = 6) -> list[float]:
     """About `most` round numbers within [low, high], on powers of ten if `log`."""
-    if high <= low:
+    if (high - low) / most < sys.float_info.min:  # nothing, or too little to divide
         return [low]
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
