@@ -74,7 +74,7 @@ fi
 
 # The wrapper turns the loss of the connection into the SIGTERM that saves.
 printf -v command '%q ' .venv/bin/qwen-jax "$@" --distributed
-on_all_hosts "cd qwen_jax && { ${command% } & run=\$!; trap 'kill -TERM \$run' HUP INT TERM; wait \$run || wait \$run; }"
+on_all_hosts "cd qwen_jax && { trap 'kill -TERM \$run' HUP INT TERM; ${command% } & run=\$!; wait \$run || wait \$run; }"
 
 cat <<TIPS
 next:

@@ -24,6 +24,7 @@ from qwen_jax import config
 EXAMPLES = "v5e:4x4, v6e:4x4, v6e:16x16, v5p:2x2x4, v4:2x2x4, tpu7x:2x2x2"
 # What libtpu would otherwise ask the machine for; none of it changes what is compiled.
 QUIET = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second dry run at a time is refused
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v6e-4",
     "TPU_WORKER_HOSTNAMES": "localhost",

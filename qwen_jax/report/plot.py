@@ -16,8 +16,8 @@ import dataclasses
 import html
 import json
 import math
-import sys
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 
 from qwen_jax import metrics
