@@ -97,9 +97,6 @@ def main(exp: experiment.Experiment, options: Any) -> int:
     Raises:
       config.InputError: it does not fit (after everything was printed), or cannot be.
     """
-    # Shapes need no accelerator: a TPU of this machine is left to who trains on it.
-    if options.topology:
-        jax.config.update("jax_platforms", "cpu")
     devices = topology.devices(options.topology) if options.topology else None
     try:
         report = measure(exp, devices, name=options.config, slice_name=options.topology)

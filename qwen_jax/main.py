@@ -9,8 +9,8 @@ before arrays are read.
 Files of a run folder: run.json (commit, configuration, versions, mesh, command),
 metrics.jsonl, samples.jsonl, bad_records.jsonl, tokenizer/, checkpoints/, export/ (a
 Hugging Face folder), report.html, run.lock.
-Raises: config.InputError for the user's mistakes (the command line turns it into exit
-code 2), checkpoint.manager.SaveError when the last save fails.
+Raises: config.InputError for the user's mistakes and for a save that fails (the command
+line turns it into exit code 2).
 """
 
 import contextlib
@@ -28,7 +28,16 @@ from typing import Any
 
 import jax
 
-from qwen_jax import checks, config, experiment, metrics, models, prepare, session
+from qwen_jax import (
+    checks,
+    config,
+    doctor,
+    experiment,
+    metrics,
+    models,
+    prepare,
+    session,
+)
 from qwen_jax.checkpoint import agree, lock, manager, saving, steps
 from qwen_jax.data import corpus, loader, source, tokenizer
 from qwen_jax.fault import signals
@@ -77,14 +86,12 @@ def start_jax(options: Options) -> None:
 def use_compile_cache() -> pathlib.Path | None:
     """Compiled programs are kept in a folder only this user can read and write: what
     lies there is run as code. JAX_COMPILATION_CACHE_DIR names another, "" none."""
-    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if named == "":
+    folder = doctor.compile_cache_folder()
+    if folder is None:
         return None
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = pathlib.Path(named or os.path.join(root, "qwen_jax", "compile"))
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not named:
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             folder.chmod(0o700)
     except OSError as error:
         print(f"compile cache {folder} is off: {error}", file=sys.stderr)
@@ -203,15 +210,10 @@ def _train(
     for line in setup.lines:
         say(line)
     compiling = None
-    if meta is None:
-        if not exp.data.tokenizer:
-            checks.learnt_vocabulary(exp)
-            compiling = _compile(setup)  # while the vocabulary is learnt
-        # One that is there is of a run that never saved, perhaps of other settings.
-        kept, asked = (workdir / "tokenizer").resolve(), exp.data.tokenizer
-        if primary and not pathlib.Path(asked).resolve().is_relative_to(kept):
-            (kept / "tokenizer.json").unlink(missing_ok=True)
-    vocabulary = _vocabulary(exp, workdir, sources)
+    if meta is None and not exp.data.tokenizer:
+        checks.learnt_vocabulary(exp)
+        compiling = _compile(setup)  # while the vocabulary is learnt
+    vocabulary = _vocabulary(exp, workdir, sources, fresh=meta is None)
     checks.vocabulary(exp, vocabulary)
     checks.samples(exp, vocabulary)
     place = prepare.placer(
@@ -233,9 +235,7 @@ def _train(
     compiling = compiling or _compile(setup)
     with jax.set_mesh(setup.device_mesh):
         if meta is not None:
-            target = state.abstract(exp.model, setup.tx, setup.device_mesh, exp.rules)
-            now, meta = checkpoints.restore(target, meta["step"])
-            checkpoints.drop_after(meta["step"])
+            now, meta = _restored(setup, checkpoints, meta["step"])
             say(f"resuming {workdir} after step {meta['step']}")
         else:
             now = _fresh(exp, setup)
@@ -260,6 +260,16 @@ def _train(
         say(f"finished {made} steps; run folder: {workdir}")
         say(next_commands(options, workdir, exp))
     return 0
+
+
+def _restored(setup: prepare.Setup, checkpoints: manager.Manager, step: int) -> Any:
+    """(state, meta) of a checkpoint, whatever the mesh; later ones are dropped."""
+    target = state.abstract(
+        setup.exp.model, setup.tx, setup.device_mesh, setup.exp.rules
+    )
+    now, meta = checkpoints.restore(target, step)
+    checkpoints.drop_after(meta["step"])
+    return now, meta
 
 
 def _compile(setup: prepare.Setup) -> futures.Future:
@@ -300,10 +310,19 @@ def _fresh(exp: experiment.Experiment, setup: prepare.Setup) -> state.State:
     )
 
 
-def _vocabulary(exp, workdir: pathlib.Path, sources: Any) -> tokenizer.Tokenizer:
-    """The run's tokenizer; learnt by process 0 where it has to be learnt."""
+def _vocabulary(
+    exp: experiment.Experiment, workdir: pathlib.Path, sources: Any, *, fresh: bool
+) -> tokenizer.Tokenizer:
+    """The run's tokenizer; learnt by process 0 where it has to be learnt.
+
+    In a fresh run one that is there is of a run that never saved, perhaps of other
+    settings: it is dropped, unless it is what was asked for.
+    """
     folder, wrong = workdir / "tokenizer", ""
     if jax.process_index() == 0:
+        asked = pathlib.Path(exp.data.tokenizer).resolve()
+        if fresh and not asked.is_relative_to(folder.resolve()):
+            (folder / "tokenizer.json").unlink(missing_ok=True)
         try:
             corpus.prepare_tokenizer(exp.data, folder, sources=sources)
         except config.InputError as error:

@@ -97,5 +97,4 @@ def test_four_kills(tmp_path):
 @pytest.mark.timeout(7200)
 def test_fifty_kills(tmp_path):
     # Compiled as users' runs are, not as the tests' programs.
-    ended = disturb(tmp_path, 50, seed=5, num_steps=300, XLA_FLAGS="")
-    print(f"50 kills, {ended} runs came to their end")
+    assert disturb(tmp_path, 50, seed=5, num_steps=300, XLA_FLAGS="") >= 1

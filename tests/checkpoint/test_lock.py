@@ -207,7 +207,8 @@ def test_a_zombie_holds_nothing(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00" * 50])
 def test_an_unreadable_lock_file_that_nobody_holds_is_taken(tmp_path, text):
     (tmp_path / lock.NAME).write_text(text)
-    lock.acquire(tmp_path).release()
+    with lock.acquire(tmp_path):
+        assert facts(tmp_path)["pid"] == os.getpid()
 
 
 def test_of_many_takers_of_a_dead_runs_lock_one_wins(tmp_path, hold):
