@@ -4,7 +4,7 @@
 # Usage: launch/test.sh [--lint | --fix] [arguments of pytest]
 #   --lint               format and lint only
 #   --fix                mend what ruff can mend by itself, then stop
-#   tests/data -x        only those tests, stop at the first failure
+#   tests/data -x        only those tests, stop at the first failure, one process
 #   -m slow              the long tests, which are left out otherwise
 #   PYTHON=python3.12    another Python, in .venv-3.12
 #   EXTRAS=test,seqio    more extras (seqio is 3 GB; its tests skip without it)
@@ -48,6 +48,12 @@ failed=""
 "$venv/bin/ruff" check --quiet "$target" "${rules[@]}" . || failed="${failed:+$failed, }ruff check"
 if [[ "${1:-}" != "--lint" ]]; then
     export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+    # The whole suite goes to as many processes as there are cores (a worker needs up to
+    # 4 GB, so no more than 8): compiling, which is most of the time, keeps one core busy.
+    if (($# == 0)); then
+        cores="$("$venv/bin/python" -c 'import os; print(len(os.sched_getaffinity(0)))')"
+        set -- --numprocesses=$((cores < 8 ? cores : 8)) --dist=worksteal
+    fi
     "$venv/bin/python" -m pytest "$@" || failed="${failed:+$failed, }pytest"
 fi
 if [[ -n "$failed" ]]; then

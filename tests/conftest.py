@@ -12,7 +12,12 @@ if metadata.version("jaxlib").startswith("0.10."):
     _fast += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _fast)
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
+
+# An example's first run may import or compile: its time says nothing.
+hypothesis.settings.register_profile("qwen_jax", deadline=None)
+hypothesis.settings.load_profile("qwen_jax")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -70,7 +70,6 @@ def refuse(**assignments):
     return str(caught.value)
 
 
-@settings(deadline=None)
 @given(outers)
 def test_a_record_comes_back_from_plain_values_and_from_json(record):
     plain = config.thaw(record)
@@ -79,7 +78,6 @@ def test_a_record_comes_back_from_plain_values_and_from_json(record):
     assert config.thaw(ml_collections.ConfigDict({"r": plain}))["r"] == plain
 
 
-@settings(deadline=None)
 @given(outers)
 def test_every_value_can_be_written_on_the_command_line(record):
     plain = config.thaw(record)
@@ -91,7 +89,7 @@ def test_every_value_can_be_written_on_the_command_line(record):
     assert got == kept
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.sampled_from(["count", "share", "on", "pair", "inner", "axes", "inner.rate"]),
     st.text() | st.sampled_from(["{[]: 1}", "1e999", "(" * 300, "9" * 5000, "-", "0x"]),
@@ -181,7 +179,6 @@ def test_flatten_and_diff_tell_every_difference_once():
     assert config.diff(old, old) == []
 
 
-@settings(deadline=None)
 @given(outers, outers)
 def test_a_diff_is_empty_for_equal_records_only(one, other):
     plain, changed = config.thaw(one), config.thaw(other)

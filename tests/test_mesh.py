@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
@@ -58,7 +58,6 @@ def test_minus_one_is_the_rest():
     assert mesh.MeshConfig(2, 3, 4).sizes(8) == (2, 3, 4)  # `make` compares
 
 
-@settings(deadline=None)
 @given(st.tuples(*[st.integers(-2, 9)] * 3), st.integers(1, 64))
 def test_sizes_are_as_given_and_fill_the_devices_or_are_refused(given, devices):
     open_ends, fixed = given.count(-1), abs(math.prod(given))

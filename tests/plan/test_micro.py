@@ -2,7 +2,7 @@
 """The micro-batch: whole, as large as fits, refused with what would help."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_jax import config
@@ -30,7 +30,6 @@ def test_all_rows_at_once_where_they_fit():
     assert "16 a device, 1 a step" in batch.line
 
 
-@settings(deadline=None)
 @given(
     each=st.integers(1, 48),
     ways=st.integers(1, 8),
