@@ -126,6 +126,7 @@ def test_a_full_disk_at_the_start_is_an_input_error(small_disk):
     [
         (arrays, "start_write"),
         (arrays, "finish_write"),
+        (manifest, "flush"),
         (manifest, "write"),
         (steps, "commit"),
     ],
