@@ -195,6 +195,7 @@ def _train(
         keep=exp.checkpoint.keep,
         keep_every=exp.checkpoint.keep_every,
         guard=held.check if held else None,
+        timeout_s=exp.checkpoint.timeout_s,
     )
     meta = None
     if steps.present(checkpoints.folder):  # all of them damaged is an error, no start
