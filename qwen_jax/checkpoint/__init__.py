@@ -12,6 +12,7 @@ state class, and imports only the ground of the project.
   catalog.py     which steps are good, and what is wrong with the others
   steps.py       names of step folders, atomic commit, deletion, leftovers, retention
   agree.py       small texts exchanged between the processes of one run
+  timing.py      when a time has passed: the same step in all processes
   lock.py        one writer per run folder; is the folder writable at all
   compatible.py  which config changes a resumed run may make
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import sys
+import time
 import traceback
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import config
-from qwen_jax.checkpoint import arrays, manager, manifest, steps
+from qwen_jax.checkpoint import arrays, manager, manifest, steps, timing
 
 NUM_PROCESSES = 2
 
@@ -160,7 +161,23 @@ def main(rank, folder):
         tell("mismatch", hashlib.sha256(str(error).encode()).hexdigest())
     m.save(7, tree, {"at": 7})
     m.close()
+    tell("due", due_steps(rank))
     tell("done", m.all_steps())
+
+
+def due_steps(rank):
+    """Steps at which a save by time is due, though the second clock runs away."""
+    timer = timing.Timer(
+        0.2, timeout_s=60, clock=lambda: time.monotonic() * (1000 if rank else 1)
+    )
+    due = []
+    for step in range(1, 201):
+        time.sleep(0.003 + 0.002 * rank)
+        if timer.due(step):
+            due.append(step)
+            jax.experimental.multihost_utils.sync_global_devices(f"due {step}")
+            timer.restart(step)
+    return due
 
 
 def save_until_killed(rank, folder):
