@@ -144,7 +144,7 @@ class Session:
         failed = True
         try:
             self._make_up(hooks, now.params)
-            self.stopper.at_once = None  # from here on there is something to save
+            self.stopper.begin()
             now, self.made = loop.loop(
                 now,
                 lambda s, batch: step_fn(s, batch, self.bytes_v),
@@ -354,6 +354,10 @@ class Session:
 
         After a failure nothing here may hide it, or wait for a peer that is gone.
         """
+        if failed:
+            # When all processes end at once, what fails here failed because the others
+            # had gone: then this does not return.
+            self.stopper.close()
         self._end_profile()
         self._progress("close")
         try:

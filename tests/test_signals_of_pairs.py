@@ -68,3 +68,24 @@ def test_saves_by_time_and_the_last_one_are_of_one_step(data, tmp_path, start_pa
         folder = tmp_path / "checkpoints" / f"{step:08d}"
         both = [json.loads((folder / f"local.{i}.json").read_text()) for i in range(2)]
         assert [one["step"] for one in both] == [step, step]  # batches read till then
+
+
+@pytest.mark.parametrize("told", [[1], [0, 1]])
+def test_while_it_compiles_all_end_at_once_and_tidily(told, data, tmp_path, start_pair):
+    """No compile cache, 64 layers written out: compiling takes a minute."""
+    slow = ["--config.train.loop=unroll", "--config.model.num_layers=64"]
+    words = runs.words(tmp_path, data, *LEAN, *slow, arg="adamw")
+    pair = start_pair(words, JAX_COMPILATION_CACHE_DIR="")
+    wait_until(pair, (tmp_path / "tokenizer" / "tokenizer_config.json").is_file)
+    begun = time.monotonic()
+    for process in told:
+        pair[process].send_signal(signal.SIGTERM)
+    both = ends(pair)
+    assert [code for code, _, _ in both] == [0, 0], both
+    assert time.monotonic() - begun < 10
+    for process, (_, out, err) in enumerate(both):
+        assert "Traceback" not in err
+        assert ("nothing to save yet" in err) == (process in told)
+        assert ("nothing new to save; go on with:\n" in out) == (process == 0)
+    assert not runs.finished(tmp_path) and not runs.steps_made(tmp_path)
+    assert (tmp_path / "run.lock").read_text() == ""
