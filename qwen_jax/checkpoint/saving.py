@@ -58,8 +58,13 @@ class Job:
         return steps.temporary(self.folder, self.step)
 
     def reason(self, error: BaseException) -> str:
-        """An exception as one line; for a full disk, with the bytes and the fix."""
+        """An exception as one line; with the fix for a full disk or a slow one."""
         text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, TimeoutError):
+            text += (
+                f" within checkpoint.timeout_s={self.timeout_s:g}; raise that if the "
+                f"disk is only slow ({self.num_bytes:,} bytes)"
+            )
         if re.search(r"No space left|quota exceeded", text):
             try:
                 free = f"{shutil.disk_usage(self.folder).free:,}"
