@@ -89,15 +89,19 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save (whichever comes first) and what to keep."""
+    """When to save (whichever comes first), what to keep, and how long a save may wait
+    for the disk and for the other processes before it has failed."""
 
     every_steps: int = 500
     every_s: float = 900.0
     keep: int = 3
     keep_every: int = 0
+    timeout_s: float = 600.0
 
     def __post_init__(self):
         _not_negative(self, "every_steps", "every_s", "keep_every")
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s={self.timeout_s} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,8 +127,7 @@ def run(options: Options) -> int:
     with _ending_together():
         held = lock.acquire(workdir, options.takeover) if primary else None
         try:
-            with signals.Stopper(grace_s=None) as stopper:
-                _nothing_to_save(stopper, held, options)
+            with signals.Stopper(at_once=_nothing_to_save(held, options)) as stopper:
                 return _train(exp, options, workdir, sources, stopper, held, say)
         except saving.SaveError as error:
             raise config.InputError(f"{error}; then {_go_on(options)}") from error
@@ -158,21 +157,18 @@ def _ending_together() -> Iterator[None]:
         signals.leave(2 if isinstance(error, config.InputError) else 1)
 
 
-def _nothing_to_save(
-    stopper: signals.Stopper, held: lock.Lock | None, options: Options
-) -> None:
-    """Until the first step is made, one signal ends the run at once: nothing is lost,
-    and learning a vocabulary or compiling may take minutes."""
-    if jax.process_count() > 1:
-        return  # the processes agree on a step to stop at
+def _nothing_to_save(held: lock.Lock | None, options: Options) -> Callable[[str], None]:
+    """How a process ends when a signal comes before the first step: at once, since
+    nothing is lost, and learning a vocabulary or compiling may take minutes."""
 
-    def leave(name: str) -> None:
+    def leave(reason: str) -> None:
         if held is not None:
             held.release()
-        print(f"{name}: nothing new to save; {_go_on(options)}", flush=True)
+        if jax.process_index() == 0:
+            print(f"{reason}: nothing new to save; {_go_on(options)}", flush=True)
         signals.leave(0)
 
-    stopper.at_once = leave
+    return leave
 
 
 def _go_on(options: Options) -> str:
@@ -195,6 +191,7 @@ def _train(
         keep=exp.checkpoint.keep,
         keep_every=exp.checkpoint.keep_every,
         guard=held.check if held else None,
+        timeout_s=exp.checkpoint.timeout_s,
     )
     meta = None
     if steps.present(checkpoints.folder):  # all of them damaged is an error, no start

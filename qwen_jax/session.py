@@ -23,7 +23,6 @@ import pathlib
 import platform
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -32,7 +31,7 @@ import jax
 import numpy as np
 
 from qwen_jax import config, export, mesh, metrics, prepare, report, rng
-from qwen_jax.checkpoint import agree, manager
+from qwen_jax.checkpoint import agree, manager, timing
 from qwen_jax.data import corpus, loader, tokenizer
 from qwen_jax.eval import perplexity
 from qwen_jax.fault import signals
@@ -64,7 +63,8 @@ class Session:
         self.checkpoints, self.stopper, self.say = checkpoints, stopper, say
         self.trackers, self.show_progress = trackers, show_progress
         self.primary = jax.process_index() == 0
-        self.started_s = self.saved_s = time.monotonic()
+        every = exp.checkpoint
+        self.timer = timing.Timer(every.every_s, timeout_s=every.timeout_s)
         self.tokens = self.skipped = 0.0
         self.made = 0  # steps made and logged
         self.tracing = False
@@ -124,6 +124,7 @@ class Session:
         self.place, self.skipped = place, float(now.skipped)
         if meta is not None:
             self.made, self.tokens = meta["step"], meta["tokens"]
+        self.timer.restart(self.made)
         # All rates at once: asked for step by step, each would wait for the device.
         rate = jax.jit(schedules.make(exp.optim, num_steps))
         self.rates = np.asarray(rate(np.arange(num_steps, dtype=np.int32)))
@@ -143,7 +144,7 @@ class Session:
         failed = True
         try:
             self._make_up(hooks, now.params)
-            self.stopper.at_once = None  # from here on there is something to save
+            self.stopper.begin()
             now, self.made = loop.loop(
                 now,
                 lambda s, batch: step_fn(s, batch, self.bytes_v),
@@ -257,18 +258,14 @@ class Session:
 
     def save_due(self, number: int) -> bool:
         """Every so many steps, or when a time has passed (process 0's clock)."""
-        every = self.exp.checkpoint
-        if every.every_steps and number % every.every_steps == 0:
-            return True
-        if not every.every_s or jax.process_count() > 1:
-            return False  # clocks differ between processes; steps do not
-        return time.monotonic() - self.saved_s >= every.every_s
+        every = self.exp.checkpoint.every_steps
+        return bool(every and number % every == 0) or self.timer.due(number)
 
     def save(self, number: int, now: state.State, position: Any) -> None:
         """Start a checkpoint of step `number`."""
         stored = {"config": config.thaw(self.exp), "tokens": self.tokens}
         self.checkpoints.save(number, now, stored, local=position)
-        self.saved_s = time.monotonic()
+        self.timer.restart(number)
 
     def evaluate(self, number: int, weights: Any) -> None:
         """Held-out loss, into the metrics and on the terminal."""
@@ -357,6 +354,10 @@ class Session:
 
         After a failure nothing here may hide it, or wait for a peer that is gone.
         """
+        if failed:
+            # When all processes end at once, what fails here failed because the others
+            # had gone: then this does not return.
+            self.stopper.close()
         self._end_profile()
         self._progress("close")
         try:

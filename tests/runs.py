@@ -95,13 +95,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_pair(arguments, devices=1):
+def start_pair(arguments, devices=1, **more):
     """Two processes of one run."""
     address = f"--coordinator=127.0.0.1:{free_port()}"
-    return [
-        start([*arguments, address, "--num_processes=2", f"--process_id={i}"], devices)
-        for i in range(2)
-    ]
+    many = [*arguments, address, "--num_processes=2"]
+    return [start([*many, f"--process_id={i}"], devices, **more) for i in range(2)]
 
 
 def lines(workdir):

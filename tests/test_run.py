@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import checks, cli, config, experiment, metrics, prepare, session
-from qwen_jax.checkpoint import lock
+from qwen_jax.checkpoint import agree, lock
 from tests import runs
 
 MESH = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
@@ -339,6 +339,22 @@ def test_a_save_that_fails_ends_the_run_and_keeps_the_older_ones(
     assert len(runs.losses(copied)) == 12
 
 
+def test_how_long_a_save_may_wait_is_what_the_configuration_says(
+    here, copied, monkeypatch
+):
+    limits, real = [], agree.gather
+
+    def gather(tag, value, timeout_s):
+        limits.append(timeout_s)
+        return real(tag, value, timeout_s)
+
+    monkeypatch.setattr(agree, "gather", gather)
+    back_to(copied, 6)
+    code, _, err = here.run(copied, "--config.checkpoint.timeout_s=77", *LEAN)
+    assert code == 0, err
+    assert limits and set(limits) == {77.0}
+
+
 @pytest.mark.parametrize(("first", "traced"), [(8, True), (5, False)])
 def test_a_profile_that_a_resume_or_the_end_cuts(here, copied, first, traced):
     """Steps 7 to 9 are made; a window from 5 began before the resume."""
@@ -355,6 +371,7 @@ def test_a_profile_that_a_resume_or_the_end_cuts(here, copied, first, traced):
         ("train.max_skipped=0", "max_skipped=0 must be at least 1"),
         ("sample.max_tokens=0", "max_tokens=0 must be at least 1"),
         ("checkpoint.every_steps=-1", "every_steps=-1 must not be negative"),
+        ("checkpoint.timeout_s=0", "timeout_s=0.0 must be positive"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(here, tmp_path, change, told):

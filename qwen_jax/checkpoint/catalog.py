@@ -106,8 +106,13 @@ class Catalog:
         path = steps.path(self._folder, step)
         content, wrong = manifest.read(path, step)
         if content is not None and verify and step not in self._verified:
-            needed = [p for p in content["files"] if _is_needed(p, content, wanted)]
-            share = needed[jax.process_index() :: jax.process_count()]
+            needed = {
+                name: size
+                for name, (size, _) in content["files"].items()
+                if _is_needed(name, content, wanted)
+            }
+            shares = manifest.deal(needed, jax.process_count())
+            share = shares[jax.process_index()]
             wrong = "; ".join(manifest.check_digests(path, content, share)[:3])
         votes = agree.gather(next(self._tags), wrong, self._timeout_s)
         wrong = "; ".join(dict.fromkeys(text for text in votes if text))

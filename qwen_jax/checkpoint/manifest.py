@@ -15,16 +15,18 @@ has
   written (UTC). Paths are relative to the step folder. SHA-256 because it is as fast as
   CRC-32 where the CPU has the instructions, about 1 GB/s a core, and `sha256sum` checks
   it by hand.
-Raises: OSError from the disk when writing; reading never raises but names problems.
+Raises: OSError from the disk when writing, RuntimeError for a folder that is not what
+was digested; reading never raises but names problems.
 """
 
 import concurrent.futures
 import datetime
 import hashlib
+import heapq
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 NAME = "manifest.json"
@@ -52,32 +54,74 @@ def sync_folder(path: pathlib.Path) -> None:
         os.close(handle)
 
 
-def write(folder: pathlib.Path, step: int, leaves: dict[str, list]) -> int:
-    """Flush and digest every file below `folder`, then write the manifest; bytes."""
-    files, folders = [], []
-    for top, _, names in os.walk(folder):
-        folders.append(pathlib.Path(top))
-        files += [pathlib.Path(top, name) for name in names]
-    files.sort()
-    records = _parallel(lambda path: digest(path, sync=True), files)
+def sizes(folder: pathlib.Path) -> dict[str, int]:
+    """{path: bytes} of every file below `folder`, sorted by path."""
+    paths = sorted(
+        pathlib.Path(top, name).relative_to(folder).as_posix()
+        for top, _, names in os.walk(folder)
+        for name in names
+    )
+    found = _parallel(lambda path: os.stat(folder / path).st_size, paths)
+    return dict(zip(paths, found, strict=True))
+
+
+def deal(files: Mapping[str, int], num_shares: int) -> list[list[str]]:
+    """The paths of {path: bytes} in shares of about equal work, each path in one.
+
+    The largest go first, each to the share with the least so far; no share then has
+    more than the mean by more than one file. The same in every process.
+    """
+    shares: list[list[str]] = [[] for _ in range(num_shares)]
+    least = [(0, number) for number in range(num_shares)]
+    for path in sorted(files, key=lambda path: (-files[path], path)):
+        work, number = least[0]
+        shares[number].append(path)
+        # To open and flush a small file takes about as long as to read a block.
+        heapq.heapreplace(least, (work + files[path] + _BLOCK_BYTES, number))
+    return shares
+
+
+def flush(folder: pathlib.Path, paths: Sequence[str]) -> dict[str, list]:
+    """{path: [bytes, sha256]} of files below `folder`, each flushed to the disk."""
+    records = _parallel(lambda path: list(digest(folder / path, sync=True)), paths)
+    return dict(zip(paths, records, strict=True))
+
+
+def write(
+    folder: pathlib.Path, step: int, leaves: dict[str, list], files: dict[str, list]
+) -> int:
+    """Write the manifest of `files`, which must be all there is; their bytes.
+
+    Args:
+      folder: of the step.
+      step: its number.
+      leaves: name -> [dtype, shape].
+      files: path -> [bytes, sha256], already on the disk (`flush`).
+    Raises:
+      RuntimeError: a file has appeared, gone or changed its size since its digest.
+    """
+    digested = {path: size for path, (size, _) in files.items()}
+    changed = dict(sizes(folder).items() ^ digested.items())
+    if changed:
+        raise RuntimeError(
+            f"{len(changed)} files appeared, went or grew while the step was being "
+            f"finished ({', '.join(sorted(changed)[:3])}): does something else write "
+            f"into {folder}?"
+        )
     content = {
         "format": 1,
         "step": step,
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "leaves": leaves,
-        "files": {
-            path.relative_to(folder).as_posix(): list(record)
-            for path, record in zip(files, records, strict=True)
-        },
+        "files": {path: files[path] for path in sorted(files)},
     }
     text = json.dumps({"content": content, "sha256": _content_digest(content)})
     with open(folder / NAME, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    for path in reversed(folders):
-        sync_folder(path)
-    return sum(size for size, _ in records)
+    _parallel(sync_folder, [pathlib.Path(top) for top, _, _ in os.walk(folder)])
+    return sum(digested.values())
 
 
 def read(folder: pathlib.Path, step: int) -> tuple[dict[str, Any] | None, str]:

@@ -6,10 +6,11 @@ The order, and why:
    that a save which cannot start is refused in every process alike (`begin`);
 2. every process writes its shards and its local facts, then votes: one bad process
    makes all give the step up, within the vote instead of a barrier's time limit;
-3. process 0 merges, writes meta.json, flushes and digests all files, writes the
-   manifest, asks the guard once more and renames (`commit`);
-4. only then does retention delete older steps;
-5. all learn the verdict.
+3. process 0 merges, writes meta.json and deals the files out; every process flushes and
+   digests its share, then votes: one process alone would need hours for a terabyte;
+4. process 0 writes the manifest, asks the guard once more and renames (`commit`);
+5. only then does retention delete older steps;
+6. all learn the verdict.
 
 Raises: SaveError from `begin`; `finish` never raises but returns what went wrong.
 """
@@ -24,7 +25,7 @@ from collections.abc import Callable
 import jax
 
 from qwen_jax import config
-from qwen_jax.checkpoint import agree, arrays, manifest, steps
+from qwen_jax.checkpoint import agree, arrays, digests, manifest, steps
 
 _MARGIN_BYTES = 4 << 20  # metadata files and block rounding, for the free-space check
 _CLEAR_PAUSES_S = (0.0, 0.05, 0.1, 0.2, 0.5)
@@ -57,8 +58,13 @@ class Job:
         return steps.temporary(self.folder, self.step)
 
     def reason(self, error: BaseException) -> str:
-        """An exception as one line; for a full disk, with the bytes and the fix."""
+        """An exception as one line; with the fix for a full disk or a slow one."""
         text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, TimeoutError):
+            text += (
+                f" within checkpoint.timeout_s={self.timeout_s:g}; raise that if the "
+                f"disk is only slow ({self.num_bytes:,} bytes)"
+            )
         if re.search(r"No space left|quota exceeded", text):
             try:
                 free = f"{shutil.disk_usage(self.folder).free:,}"
@@ -112,7 +118,7 @@ def _no_room(job: Job) -> str:
 def finish(
     job: Job, futures: list, failed: str, retain: Callable[[], list[int]]
 ) -> Verdict:
-    """Write, vote, commit on process 0, learn the verdict (in the save's thread).
+    """Write, digest, commit on process 0, learn the verdict (in the save's thread).
 
     Args:
       futures: what `arrays.start_write` returned.
@@ -120,18 +126,26 @@ def finish(
       retain: deletes what retention gives up and returns those steps.
     """
     try:
-        mine = failed or _write_own(job, futures)
-        votes = agree.gather(f"{job.tag}/written", mine, job.timeout_s)
-        wrong = mine
-        if len(votes) > 1:
-            bad = [f"process {i}: {text}" for i, text in enumerate(votes) if text]
-            wrong = "; ".join(bad)
-        outcome = _commit(job, wrong, retain) if jax.process_index() == 0 else None
+        wrong = _vote(job, "written", failed or _write_own(job, futures))
+        files: dict[str, list] = {}
+        if not wrong:
+            files, wrong = _digest(job)
+        outcome = None
+        if jax.process_index() == 0:
+            outcome = _commit(job, files, wrong, retain)
         outcome = agree.from_primary(f"{job.tag}/verdict", outcome, job.timeout_s)
         return Verdict(*outcome)
     except Exception as error:  # noqa: BLE001 - becomes the SaveError of check()
         _clear(job)
         return Verdict(job.reason(error), 0, [])
+
+
+def _vote(job: Job, name: str, mine: str) -> str:
+    """What went wrong anywhere, or ""; the same on all processes."""
+    votes = agree.gather(f"{job.tag}/{name}", mine, job.timeout_s)
+    if len(votes) == 1:
+        return mine
+    return "; ".join(f"process {i}: {text}" for i, text in enumerate(votes) if text)
 
 
 def _write_own(job: Job, futures: list) -> str:
@@ -151,14 +165,47 @@ def _write_own(job: Job, futures: list) -> str:
     return wrong
 
 
-def _commit(job: Job, wrong: str, retain: Callable[[], list[int]]) -> list:
+def _digest(job: Job) -> tuple[dict[str, list], str]:
+    """Flush and digest every file once, all processes together.
+
+    Returns:
+      ({path: [bytes, sha256]}, what went wrong anywhere or ""); the records are those
+      of all processes on process 0, and none elsewhere.
+    """
+    shares: list[list[str]] = []
+    files: dict[str, list] = {}
+    wrong = ""
+    if jax.process_index() == 0:
+        try:
+            arrays.finish_write(job.temporary / "arrays")
+            (job.temporary / "meta.json").write_text(job.meta_text, encoding="utf-8")
+            shares = digests.deal(job.temporary)
+        except Exception as error:  # noqa: BLE001 - all learn it
+            wrong = job.reason(error)
+    wrong = agree.from_primary(f"{job.tag}/dealt", wrong, job.timeout_s)
+    if wrong:
+        return {}, wrong
+    try:
+        files = digests.make(job.temporary, shares)
+    except Exception as error:  # noqa: BLE001 - voted: all give the step up
+        wrong = job.reason(error)
+    wrong = _vote(job, "digested", wrong)
+    if jax.process_index() == 0 and not wrong:
+        try:
+            files |= digests.collect(job.temporary, shares)
+        except Exception as error:  # noqa: BLE001 - part of the verdict
+            wrong = job.reason(error)
+    return files, wrong
+
+
+def _commit(
+    job: Job, files: dict[str, list], wrong: str, retain: Callable[[], list[int]]
+) -> list:
     """Make the step visible, or clear it away; the fields of a Verdict."""
     num_bytes, gone = 0, []
     if not wrong:
         try:
-            arrays.finish_write(job.temporary / "arrays")
-            (job.temporary / "meta.json").write_text(job.meta_text, encoding="utf-8")
-            num_bytes = manifest.write(job.temporary, job.step, job.leaves)
+            num_bytes = manifest.write(job.temporary, job.step, job.leaves, files)
             job.guard()
             steps.commit(job.folder, job.step)
         except Exception as error:  # noqa: BLE001 - part of the verdict

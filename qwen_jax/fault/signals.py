@@ -5,9 +5,16 @@ After the first signal `Stopper.should_stop` turns true at the next step boundar
 all processes of the run at the same step, whichever process got the signal; the caller
 saves and exits. The second signal ends the process whatever it is doing.
 
+Before the first step there is nothing to save, and it may be minutes away (a vocabulary
+is learnt, the step compiled): then all processes end at once through `at_once`. That is
+so while one of them has not come to `begin`, since without it no step can have ended on
+the others. Process 0 ends last: with it ends the coordination service, and JAX aborts
+a process that has lost it.
+
 Source: the agreement is that of JAX's preemption sync point: every process publishes
-how many steps it has begun, and the run stops at the maximum plus one. Deviations: it
-is built on the coordination service's key-value store, because JAX's own takes SIGTERM
+how many steps it has begun, and the run stops at the maximum plus one. Deviations:
+process 0 alone looks at the counts, so that all act alike even when one is late; it is
+built on the coordination service's key-value store, because JAX's own takes SIGTERM
 only (neither Ctrl-C nor a request from inside), counts it as a notice for ever, and so
 leaves a stuck process that no SIGTERM can end.
 
@@ -38,7 +45,9 @@ import jax
 
 _instances = itertools.count()  # the same in every process: creation is collective
 _SAME_REQUEST_S = 0.1
-_AGREE_LIMIT_S = 30.0
+_AGREE_LIMIT_S = 30.0  # past it a process is gone; the others need not wait for it
+_LEAVE_LIMIT_S = 10.0
+_NOT_BEGUN = -1  # in place of a count of steps, and of the step to stop at: end at once
 
 
 def _print(text: str) -> None:
@@ -53,20 +62,27 @@ class Stopper:
       grace_s: after the first signal the process ends itself (exit code 128 + signal)
         if `close` has not been called within this time; None leaves that to a second
         signal or to the scheduler's SIGKILL.
+      at_once: ends the process; called with the reason, from a thread, when a signal
+        comes before `begin`.
     """
 
     def __init__(
-        self, *, say: Callable[[str], None] = _print, grace_s: float | None = None
+        self,
+        *,
+        say: Callable[[str], None] = _print,
+        grace_s: float | None = None,
+        at_once: Callable[[str], None] | None = None,
     ):
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("signals can be handled only from the main thread")
-        # While there is nothing to save: called instead of asking for a tidy stop.
-        self.at_once: Callable[[str], None] | None = None
         self.reason = ""  # why the run stops: "SIGTERM", "SIGINT in process 3", ...
-        self._say, self._grace_s = say, grace_s
+        self._say, self._grace_s, self._at_once = say, grace_s, at_once
         self._asked = False
+        self._beginning = threading.Lock()
         self._closed = threading.Event()
-        self._agreement = _Agreement(self._closed) if jax.process_count() > 1 else None
+        self._agreement = None
+        if jax.process_count() > 1:
+            self._agreement = _Agreement(self._closed, at_once)
         self._read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._write_fd, False)
         self._old_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
@@ -85,6 +101,13 @@ class Stopper:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def begin(self) -> None:
+        """From here on there is something to save: a signal asks for a tidy stop."""
+        with self._beginning:
+            self._at_once = None
+        if self._agreement is not None:
+            self._agreement.begin()
 
     def should_stop(self) -> bool:
         """Whether to save and leave now; call once a step in every process."""
@@ -105,7 +128,10 @@ class Stopper:
             self._agreement.ask(f"{reason} in process {jax.process_index()}")
 
     def close(self) -> None:
-        """Give the previous handlers back; twice is fine."""
+        """Give the previous handlers back; twice is fine.
+
+        Does not return where all processes are ending at once.
+        """
         if self._closed.is_set():
             return
         self._closed.set()
@@ -138,16 +164,20 @@ class Stopper:
                 now_s = time.monotonic()
                 if not first:
                     first, first_s = number, now_s
-                    name = signal.Signals(number).name
-                    if (at_once := self.at_once) is not None:
-                        at_once(name)
-                    self.request(name)
-                    self._say(
-                        f"{name}: stopping after this step and saving; "
-                        "once more ends at once without saving"
-                    )
+                    self._first(signal.Signals(number).name)
                 elif now_s - first_s > _SAME_REQUEST_S:
                     _end_now(number, "second signal: ending now, without saving")
+
+    def _first(self, name: str) -> None:
+        """What the first signal does."""
+        what = "stopping after this step and saving"
+        with self._beginning:
+            if self._at_once is not None:
+                if self._agreement is None:
+                    self._at_once(name)
+                what = "nothing to save yet, ending with the other processes"
+        self.request(name)
+        self._say(f"{name}: {what}; once more ends at once without saving")
 
 
 def _end_now(number: int, text: str) -> NoReturn:
@@ -163,14 +193,21 @@ def _end_now(number: int, text: str) -> NoReturn:
 
 
 class _Agreement:
-    """All processes of a run agree on the step at which they stop."""
+    """All processes of a run agree on a step at which they stop, or to end at once.
 
-    def __init__(self, closed: threading.Event):
+    Keys: reason, of whoever asks; count/<i>, steps that process i has begun, published
+    when it has seen a reason; decision, of process 0: where to stop and the reason, as
+    several may ask; left/<i>, when process i ends at once.
+    """
+
+    def __init__(
+        self, closed: threading.Event, at_once: Callable[[str], None] | None = None
+    ):
         self.reason = ""
         self._tag = f"qwen_jax/stop/{next(_instances)}"
-        self._closed = closed
+        self._closed, self._at_once = closed, at_once
         self._lock = threading.Lock()
-        self._count = 0  # calls of reached() so far
+        self._count = _NOT_BEGUN if at_once else 0  # calls of reached() so far
         self._frozen = False  # our count is published: wait for the others' first
         self._decided = threading.Event()
         self._stop_at = 0
@@ -183,6 +220,15 @@ class _Agreement:
             target=self._watch, name="stop-agreement", daemon=True
         )
         self._thread.start()
+
+    def begin(self) -> None:
+        """The steps begin; waits for a decision if one is being made without them."""
+        with self._lock:
+            if not self._frozen:
+                self._count = max(self._count, 0)
+                return
+        self._decided.wait()
+        self._count = max(self._count, 0)
 
     def reached(self) -> bool:
         """Whether this call, the n-th, is the one at which all processes stop."""
@@ -223,23 +269,55 @@ class _Agreement:
         with self._lock:
             self._frozen = True
             count = self._count
-        counts = [count]
-        deadline_s = time.monotonic() + _AGREE_LIMIT_S
+        stop_at = count + 1  # where there is no decision
         try:
-            own_key = f"{self._tag}/count/{jax.process_index()}"
-            client.key_value_set(own_key, str(count))
-            while len(counts) < jax.process_count():
-                # Past the limit a process is gone; the others need not wait for it.
-                if self._closed.is_set() or time.monotonic() > deadline_s:
-                    break
-                time.sleep(0.02)
-                pairs = client.key_value_dir_get(f"{self._tag}/count/")
-                counts = [int(text) for _, text in pairs]
+            client.key_value_set(f"{self._tag}/count/{jax.process_index()}", str(count))
+            if jax.process_index() == 0:
+                counts = list(map(int, self._counts(client)))
+                stop_at = _NOT_BEGUN if _NOT_BEGUN in counts else max(counts) + 1
+                client.key_value_set(f"{self._tag}/decision", f"{stop_at} {reason}")
+            elif decision := self._decision(client):
+                number, _, reason = decision.partition(" ")
+                stop_at = int(number)
+            if stop_at == _NOT_BEGUN and self._at_once is not None:
+                self._leave(client, reason)
         finally:
             # Whatever happened to the coordinator, the main thread must not wait on.
-            self.reason = reason
-            self._stop_at = max([count, *counts]) + 1
+            self.reason, self._stop_at = reason, stop_at
             self._decided.set()
+
+    def _counts(self, client: Any) -> list[str]:
+        """The counts of all processes, or of as many as answer in time."""
+        deadline_s = time.monotonic() + _AGREE_LIMIT_S
+        while True:
+            pairs = client.key_value_dir_get(f"{self._tag}/count/")
+            given_up = self._closed.is_set() or time.monotonic() > deadline_s
+            if len(pairs) == jax.process_count() or given_up:
+                return [text for _, text in pairs]
+            time.sleep(0.02)
+
+    def _decision(self, client: Any) -> str:
+        """Process 0's decision, or "" where none comes."""
+        deadline_s = time.monotonic() + _AGREE_LIMIT_S + 5
+        while True:
+            given_up = self._closed.is_set() or time.monotonic() > deadline_s
+            text = _try_get(client, f"{self._tag}/decision")
+            if text or given_up:
+                return text
+            time.sleep(self._poll_s / 5)
+
+    def _leave(self, client: Any, reason: str) -> None:
+        """End this process; process 0 when the others have."""
+        client.key_value_set(f"{self._tag}/left/{jax.process_index()}", "left")
+        if jax.process_index() == 0:
+            deadline_s = time.monotonic() + _LEAVE_LIMIT_S
+            while time.monotonic() < deadline_s:
+                gone = client.key_value_dir_get(f"{self._tag}/left/")
+                if len(gone) == jax.process_count():
+                    break
+                time.sleep(0.02)
+            time.sleep(1)  # from their last word to their end
+        self._at_once(reason)
 
 
 def _try_get(client: Any, key: str) -> str:

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax.checkpoint import manager, steps
+from qwen_jax.checkpoint import manager, manifest, steps
 
 WORKER = pathlib.Path(__file__).with_name("worker_processes.py")
 
@@ -72,8 +72,9 @@ def test_one_process_two_processes_one_process(tmp_path):
 
     first, second = run_both(tmp_path)
 
-    facts = [line for line in first if not line.startswith("said ")]
-    assert facts == second
+    own = ("said ", "digested ", "verified ")
+    facts = [line for line in first if not line.startswith(own)]
+    assert facts == [line for line in second if not line.startswith(own)]
     local = [{"rank": 0, "step": 3}, {"rank": 1, "step": 3}]
     assert facts[0] == (
         "from one process {'at': 1, 'step': 1, 'local': [{'rank': 0}]} True"
@@ -81,14 +82,30 @@ def test_one_process_two_processes_one_process(tmp_path):
     assert facts[1] == f"steps [1, 2, 3] {local}"
     assert "checkpoint of step 4 was not saved" in facts[2]
     assert "process 1: division by zero" in facts[2]
-    assert facts[3] == "steps [1, 2, 3, 5]"
-    assert "step 6 was not saved: no room at all" in facts[4]
-    assert facts[5] == "fell back 3 True 3"
-    assert facts[6].startswith("mismatch")
-    assert facts[7] == "done [1, 2, 3, 7]"
+    assert "step 4 was not saved: process 1: division by zero" in facts[3]
+    assert "step 4 was not saved: process 1 digested" in facts[4]
+    assert facts[5] == "steps [1, 2, 3, 5]"
+    assert "step 6 was not saved: no room at all" in facts[6]
+    assert facts[7] == "fell back 3 True 3"
+    assert facts[8].startswith("mismatch")
+    due = ast.literal_eval(facts[9].removeprefix("due "))
+    assert 1 < len(due) < 150  # the second clock would have it at each of 200 steps
+    assert facts[10] == "done [1, 2, 3, 7]"
     (said,) = [line for line in first if line.startswith("said ")]
     (notice,) = ast.literal_eval(said.partition("said ")[2])
     assert "step 5" in notice and "arrays/w/c" in notice and "has changed" in notice
+
+    # Every file was read by one of the two, when it was saved and when it was verified.
+    content, wrong = manifest.read(steps.path(tmp_path, 3), 3)
+    assert not wrong
+    for what in ("digested ", "verified "):
+        shares = [
+            ast.literal_eval(line.removeprefix(what))
+            for line in first + second
+            if line.startswith(what)
+        ]
+        assert len(shares) == 2 and abs(len(shares[0]) - len(shares[1])) <= 1
+        assert sorted(shares[0] + shares[1]) == sorted(content["files"])
 
     # Back in one process, on a mesh that neither had.
     assert steps.present(tmp_path) == [1, 2, 3, 5, 7]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves that fail, and saves that are killed: loud, and nothing finished is lost."""
 
+import concurrent.futures
 import gc
 import os
 import pathlib
@@ -126,6 +127,7 @@ def test_a_full_disk_at_the_start_is_an_input_error(small_disk):
     [
         (arrays, "start_write"),
         (arrays, "finish_write"),
+        (manifest, "flush"),
         (manifest, "write"),
         (steps, "commit"),
     ],
@@ -150,6 +152,18 @@ def test_a_failure_anywhere_surfaces_at_the_next_poll(
         assert os.listdir(tmp_path) == ["00000001"]
         m.save(3, tree_of(3), {}, wait=True)
         assert_restores(m, 3)
+
+
+def test_a_disk_that_is_too_slow_is_told_with_the_time_that_was_given(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(saving, "_CLEAR_PAUSES_S", (0.0,))
+    never = concurrent.futures.Future()
+    monkeypatch.setattr(arrays, "start_write", lambda *args, **kwargs: [never])
+    m = manager.Manager(tmp_path, timeout_s=0.05)
+    with pytest.raises(manager.SaveError, match=r"checkpoint\.timeout_s=0\.05"):
+        m.save(1, tree_of(1), {}, wait=True)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_failure_is_not_lost_when_nobody_polls(tmp_path, monkeypatch):

@@ -42,7 +42,8 @@ def write_step(folder, step, text):
     temporary = steps.temporary(folder, step)
     (temporary / "arrays").mkdir(parents=True)
     (temporary / "arrays" / "x").write_text(text)
-    manifest.write(temporary, step, {})
+    files = manifest.flush(temporary, list(manifest.sizes(temporary)))
+    manifest.write(temporary, step, {}, files)
     steps.commit(folder, step)
 
 

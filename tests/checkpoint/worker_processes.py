@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import sys
+import time
 import traceback
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import config
-from qwen_jax.checkpoint import arrays, manager, manifest, steps
+from qwen_jax.checkpoint import arrays, manager, manifest, steps, timing
 
 NUM_PROCESSES = 2
 
@@ -67,6 +68,12 @@ def shards_equal(tree, want):
     )
 
 
+def read_of(paths, folder, step):
+    """The paths below a step's folder, relative to it."""
+    top = pathlib.Path(folder, step)
+    return [p.relative_to(top).as_posix() for p in paths if p.is_relative_to(top)]
+
+
 def main(rank, folder):
     def tell(*facts):
         print(f"{rank}:", *facts, flush=True)
@@ -78,6 +85,13 @@ def main(rank, folder):
     tree, meta = m.restore(like)
     tell("from one process", meta, shards_equal(tree, host_tree(1)))
 
+    reads, real_digest = [], manifest.digest
+
+    def digest(path, **kwargs):
+        reads.append(path)
+        return real_digest(path, **kwargs)
+
+    manifest.digest = digest  # tells which process looks at which file
     for step in (2, 3):
         m.save(
             step,
@@ -86,7 +100,12 @@ def main(rank, folder):
             local={"rank": rank, "step": step},
         )
     m.wait()
+    tell("digested", read_of(reads, folder, "tmp.3"))
     tell("steps", m.all_steps(), m.read_meta()["local"])
+    reads.clear()
+    m.newest_intact()
+    tell("verified", read_of(reads, folder, "00000003"))
+    manifest.digest = real_digest
 
     # The second process cannot write: both give the step up, and the next one is fine.
     real = arrays.start_write
@@ -98,6 +117,18 @@ def main(rank, folder):
     except manager.SaveError as error:
         tell("failed", error)
     arrays.start_write = real
+    # The second process cannot read what it is to digest, or says something else.
+    real = manifest.flush
+    broken = [lambda *_: 1 / 0, lambda folder, paths: real(folder, paths[1:])]
+    for flush in broken:
+        if rank == 1:
+            manifest.flush = flush
+        m.save(4, placed(host_tree(4), mesh), {})
+        try:
+            m.wait()
+        except manager.SaveError as error:
+            tell("failed", error)
+    manifest.flush = real
     m.save(5, placed(host_tree(5), mesh), {}, wait=True)
     tell("steps", m.all_steps())
 
@@ -114,8 +145,9 @@ def main(rank, folder):
     if rank == 0:
         path = steps.path(pathlib.Path(folder), 5)
         content, _ = manifest.read(path, 5)
-        names = list(content["files"])
-        victim = next(n for n in names[1::2] if n.startswith("arrays/w/c"))
+        sizes = {name: size for name, (size, _) in content["files"].items()}
+        _, second = manifest.deal(sizes, NUM_PROCESSES)
+        victim = next(name for name in second if name.startswith("arrays/w/c"))
         data = (path / victim).read_bytes()
         (path / victim).write_bytes(bytes([data[0] ^ 1]) + data[1:])
     jax.experimental.multihost_utils.sync_global_devices("damaged")
@@ -129,7 +161,23 @@ def main(rank, folder):
         tell("mismatch", hashlib.sha256(str(error).encode()).hexdigest())
     m.save(7, tree, {"at": 7})
     m.close()
+    tell("due", due_steps(rank))
     tell("done", m.all_steps())
+
+
+def due_steps(rank):
+    """Steps at which a save by time is due, though the second clock runs away."""
+    timer = timing.Timer(
+        0.2, timeout_s=60, clock=lambda: time.monotonic() * (1000 if rank else 1)
+    )
+    due = []
+    for step in range(1, 201):
+        time.sleep(0.003 + 0.002 * rank)
+        if timer.due(step):
+            due.append(step)
+            jax.experimental.multihost_utils.sync_global_devices(f"due {step}")
+            timer.restart(step)
+    return due
 
 
 def save_until_killed(rank, folder):

@@ -97,10 +97,14 @@ def test_a_request_from_inside_stops_too(free_handlers):
 
 def test_while_there_is_nothing_to_save_the_signal_goes_elsewhere(free_handlers):
     called = []
-    with signals.Stopper(say=lambda text: None) as stopper:
-        stopper.at_once = called.append
+    with signals.Stopper(say=lambda text: None, at_once=called.append):
         os.kill(os.getpid(), signal.SIGTERM)
         assert eventually(lambda: called == ["SIGTERM"])
+    with signals.Stopper(say=lambda text: None, at_once=called.append) as stopper:
+        stopper.begin()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert eventually(stopper.should_stop)
+    assert called == ["SIGTERM"]
 
 
 def test_two_signals_within_a_moment_are_one_request(free_handlers):
@@ -208,6 +212,34 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(start):
     assert time.monotonic() - begin < 30  # what a preempted machine gives us
     assert first == second and first.endswith("SIGINT in process 1")
     assert int(first.split()[1]) > 0
+    assert [process.returncode for process in both] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "mode, told",
+    [("compiles", [1]), ("compiles", [0, 1]), ("late", [0]), ("fails", [1])],
+)
+def test_while_one_has_not_begun_all_end_at_once_and_in_order(start, mode, told):
+    """The coordinator ends last: the other would be aborted with it."""
+    both = two(start, mode)
+    for rank in told:
+        both[rank].send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    outputs = [process.communicate(timeout=60) for process in both]
+    assert time.monotonic() - begin < 10
+    assert [process.returncode for process in both] == [0, 0], outputs
+    (said,) = {out.splitlines()[-1] for out, _ in outputs}
+    assert said in {f"left SIGTERM in process {rank}" for rank in told}
+    for rank, (_, err) in enumerate(outputs):
+        assert ("SIGTERM: " in err) == (rank in told) and "Traceback" not in err
+
+
+def test_when_all_have_begun_a_signal_is_a_tidy_stop(start):
+    both = two(start, "begun")
+    both[0].send_signal(signal.SIGTERM)
+    (first,), _ = lines(both[0])
+    (second,), _ = lines(both[1])
+    assert first == second and first.endswith("SIGTERM in process 0")
     assert [process.returncode for process in both] == [0, 0]
 
 

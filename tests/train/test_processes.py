@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes train as one does: same order of samples, same losses, one folder."""
+"""Two processes train as one does: same order of samples, same losses, same text."""
 
 import json
 
@@ -13,7 +13,10 @@ from tests import runs
 STEPS = 20
 LEAN = [
     f"--config.train.num_steps={STEPS}",
-    "--config.sample.every_steps=0",
+    "--config.sample.every_steps=6",
+    "--config.sample.temperature=0",
+    "--config.sample.max_tokens=12",
+    '--config.sample.prompts=["the ", "some ", "one "]',  # rows do not fill the mesh
     "--config.eval.every_steps=20",
     "--config.checkpoint.every_steps=0",
 ]
@@ -24,6 +27,12 @@ def positions(workdir):
     folder = workdir / "checkpoints" / f"{STEPS:08d}"
     paths = sorted(folder.glob("local.*.json"))
     return [json.loads(path.read_text()) for path in paths]
+
+
+def texts(workdir):
+    """The samples of a run."""
+    lines = (workdir / "samples.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path, monkeypatch):
@@ -59,3 +68,8 @@ def test_two_processes_have_the_losses_of_one(tmp_path, monkeypatch):
     (score,), (want,) = runs.evaluations(two), runs.evaluations(one)
     np.testing.assert_allclose(score["eval_loss"], want["eval_loss"], rtol=1e-5)
     assert (two / "export" / "model.safetensors").is_file()
+
+    # Greedy text is the same and written once: three prompts, three times and the last.
+    samples, alone = texts(two), texts(one)
+    assert samples == alone and len(samples) == 3 * 4
+    assert len({row["text"] for row in samples}) > 1
