@@ -62,8 +62,48 @@ def init_from(exp: experiment.Experiment, say: Callable[[str], None]) -> None:
             f"{'; '.join(lines)}; set --config.model.* to its values"
         )
     hf.check(folder, there)
+    own_tokenizer(exp)
     for line in lines:
         say(f"note: unlike in {folder}, {line}")
+    if not exp.data.tokenizer:
+        say(f"tokenizer: that of {folder}")
+
+
+def own_tokenizer(exp: experiment.Experiment) -> None:
+    """Refuse weights to begin with that come without the tokenizer of their ids."""
+    folder = exp.train.init_from
+    if exp.data.tokenizer or not folder:
+        return
+    if not (pathlib.Path(folder) / "tokenizer.json").is_file():
+        raise config.InputError(
+            f"train.init_from={folder} has no tokenizer.json, and one learnt here "
+            "would give its embeddings other words: set --config.data.tokenizer to the "
+            "tokenizer that the model was trained with"
+        )
+
+
+def other_tokenizer(
+    exp: experiment.Experiment,
+    known: tokenizer.Tokenizer,
+    say: Callable[[str], None],
+) -> None:
+    """Say so where the tokenizer asked for is not that of the weights to begin with."""
+    folder, asked = exp.train.init_from, exp.data.tokenizer
+    if not folder or not asked:
+        return
+    if not (pathlib.Path(folder) / "tokenizer.json").is_file():
+        say(f"note: {folder} has no tokenizer.json to compare data.tokenizer with")
+        return
+    try:
+        same = tokenizer.load(folder).fingerprint == known.fingerprint
+    except config.InputError as error:  # it is not the one that is used
+        say(f"note: data.tokenizer is not compared with that of {folder}: {error}")
+        return
+    if not same:
+        say(
+            f"note: data.tokenizer={asked} is not the tokenizer of {folder}, whose "
+            "embeddings were trained with its own ids"
+        )
 
 
 def _shapes(spec: spec_lib.Spec) -> Any:

@@ -67,7 +67,8 @@ class TrainConfig:
     remat: str = "dots"
     loop: str = "scan"
     max_skipped: int = 20
-    init_from: str = ""  # a model folder to start from; "" = random weights
+    # A model folder to start from, its tokenizer with it; "" = random weights.
+    init_from: str = ""
 
     def __post_init__(self):
         if self.loop not in ("scan", "unroll"):
@@ -154,6 +155,15 @@ class Experiment:
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     export: bool = True
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer comes from; "" = it is learnt from the corpus.
+
+        Weights to begin with bring theirs: embeddings mean nothing under other ids.
+        `data.tokenizer` stays as it was given, so that a resumed run compares equal.
+        """
+        return self.data.tokenizer or self.train.init_from
 
 
 def resolve(

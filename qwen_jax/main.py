@@ -210,11 +210,13 @@ def _train(
     for line in setup.lines:
         say(line)
     compiling = None
-    if meta is None and not exp.data.tokenizer:
+    if meta is None and not exp.tokenizer:
         checks.learnt_vocabulary(exp)
         compiling = _compile(setup)  # while the vocabulary is learnt
     vocabulary = _vocabulary(exp, workdir, sources, fresh=meta is None)
     checks.vocabulary(exp, vocabulary)
+    if meta is None:
+        checks.other_tokenizer(exp, vocabulary, say)
     checks.samples(exp, vocabulary)
     place = prepare.placer(
         setup.device_mesh, exp.rules, setup.batch.rows, setup.batch.micro_steps
@@ -320,11 +322,12 @@ def _vocabulary(
     """
     folder, wrong = workdir / "tokenizer", ""
     if jax.process_index() == 0:
-        asked = pathlib.Path(exp.data.tokenizer).resolve()
+        asked = pathlib.Path(exp.tokenizer).resolve()
         if fresh and not asked.is_relative_to(folder.resolve()):
             (folder / "tokenizer.json").unlink(missing_ok=True)
+        data = dataclasses.replace(exp.data, tokenizer=exp.tokenizer)
         try:
-            corpus.prepare_tokenizer(exp.data, folder, sources=sources)
+            corpus.prepare_tokenizer(data, folder, sources=sources)
         except config.InputError as error:
             wrong = str(error)
     wrong = agree.from_primary("qwen_jax/tokenizer", wrong, 3600.0)

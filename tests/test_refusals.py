@@ -363,6 +363,19 @@ def test_the_model_of_another_run(refused, workdir, data, whole):
     assert "is not the model of this run: ffn_width is 64 there, 32 here; set" in err
 
 
+def test_a_model_to_begin_with_that_has_no_tokenizer(
+    refused, workdir, data, whole, tmp_path
+):
+    """One that is learnt here would give its embeddings other words."""
+    folder = shutil.copytree(whole, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    words = runs.words(workdir, data, f"--config.train.init_from={folder}")
+    for verb in (["run"], ["data", "preview"]):
+        err = refused(*verb, *words[1:])
+        assert f"train.init_from={folder} has no tokenizer.json" in err
+        assert "set --config.data.tokenizer to the tokenizer that" in err
+
+
 @pytest.mark.parametrize(
     "more, told",
     [

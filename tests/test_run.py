@@ -17,6 +17,7 @@ import pytest
 
 from qwen_jax import checks, cli, config, experiment, metrics, prepare, session
 from qwen_jax.checkpoint import lock
+from qwen_jax.data import tokenizer
 from tests import runs
 
 MESH = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
@@ -284,6 +285,56 @@ def test_a_model_folder_is_where_a_run_may_begin(here, finished, tmp_path):
     )
     assert "num_layers is 2 there, 3 here" in other
     assert not runs.finished(tmp_path / "wrong")
+
+
+@pytest.fixture
+def pretrained(finished, tmp_path):
+    """A model folder whose tokenizer no run would learn from this corpus."""
+    folder = shutil.copytree(finished / "export", tmp_path / "pretrained")
+    texts = [" ".join(runs.WORDS).upper()] * 9
+    tokenizer.train(texts, 310).save(folder)
+    return folder
+
+
+def test_a_model_to_begin_with_brings_its_tokenizer(here, copied, pretrained, tmp_path):
+    workdir, its = tmp_path / "next", tokenizer.load(pretrained).fingerprint
+    model = f"--config.train.init_from={pretrained}"
+    code, out, err = here.run(workdir, model, *LEAN)
+    assert code == 0, err
+    assert out.count(f"tokenizer: that of {pretrained}\n") == 1
+    assert tokenizer.load(workdir / "tokenizer").fingerprint == its
+    facts = json.loads((workdir / "run.json").read_text())
+    assert facts["tokenizer"] == its and facts["config"]["data"]["tokenizer"] == ""
+    # It is the run's own now: the same command goes on when the folder is gone.
+    shutil.rmtree(pretrained)
+    code, out, err = here.run(workdir, model, *LEAN, "--config.train.num_steps=10")
+    assert code == 0 and "tokenizer: that of" not in out, err
+    assert tokenizer.load(workdir / "tokenizer").fingerprint == its
+    assert len(runs.losses(workdir)) == 10
+
+
+def test_another_tokenizer_than_that_of_the_weights_is_told(
+    here, finished, pretrained, tmp_path
+):
+    model = f"--config.train.init_from={pretrained}"
+    lean = [*LEAN, "--config.train.num_steps=3"]
+    for folder, differs in ((finished / "tokenizer", True), (pretrained, False)):
+        given = f"--config.data.tokenizer={folder}"
+        code, out, err = here.run(tmp_path / folder.name, model, given, *lean)
+        assert code == 0 and "tokenizer: that of" not in out, err
+        note = f"note: data.tokenizer={folder} is not the tokenizer of {pretrained}"
+        assert (note in out) == differs
+        used = tokenizer.load(tmp_path / folder.name / "tokenizer").fingerprint
+        assert used == tokenizer.load(folder).fingerprint
+    (pretrained / "tokenizer.json").write_text("{")
+    given = f"--config.data.tokenizer={finished / 'tokenizer'}"
+    code, out, err = here.run(tmp_path / "broken", model, given, *lean)
+    assert code == 0, err
+    assert f"note: data.tokenizer is not compared with that of {pretrained}: " in out
+    (pretrained / "tokenizer.json").unlink()
+    code, out, err = here.run(tmp_path / "none", model, given, *lean)
+    assert code == 0, err
+    assert f"note: {pretrained} has no tokenizer.json to compare" in out
 
 
 def test_a_batch_that_was_derived_stays_when_the_run_is_made_longer(here, tmp_path):
