@@ -64,6 +64,12 @@ def set_up(
             f"data.seq_tokens={exp.data.seq_tokens} passes model.max_positions="
             f"{spec.max_positions}; set one of them"
         )
+    if exp.rules.layers:
+        raise config.InputError(
+            f"rules.layers={exp.rules.layers!r}: layers are computed one after "
+            "another, so their dim stays whole; set --config.rules.layers=None, and "
+            "split weights by rules.embed"
+        )
     tree = decoder.decoder_params(spec)
     params.shardings(tree, device_mesh, exp.rules)  # refuses what is uneven
     ways = math.prod(device_mesh.shape[a] for a in mesh.names(exp.rules.batch))

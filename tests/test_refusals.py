@@ -87,6 +87,7 @@ def refused(monkeypatch, capsys, workdir):
         ("mesh.tensor=3", ["8 devices are not a multiple of 3", "--config.mesh.*"]),
         ("rules.embed=tensor", ["on one mesh axis twice", "--config.rules"]),
         ("rules.embed=tenser", ["'tenser'; did you mean 'tensor'?"]),
+        ("rules.layers=data", ["rules.layers='data'", "--config.rules.layers=None"]),
         ("data.seq_tokens=256", ["=256 passes model.max_positions=128; set one"]),
         (
             "data.vocab_size=512",
