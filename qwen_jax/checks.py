@@ -8,12 +8,12 @@ are told.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwen_jax import config, experiment, params, prepare
 from qwen_jax.checkpoint import compatible
-from qwen_jax.data import tokenizer
+from qwen_jax.data import mixture, source, tokenizer
 from qwen_jax.models import decoder, hf
 from qwen_jax.models import spec as spec_lib
 
@@ -36,13 +36,59 @@ def resume(
     """Refuse what the run that made this checkpoint cannot go on with."""
     # A field that came with a later version has the value it had before: its default.
     stored = experiment.complete(experiment.Experiment, meta["config"])
-    compatible.refuse(stored, resolved, experiment.MAY_CHANGE, where=str(workdir))
+    # Where the corpus stands and how it is named there says little about what it is:
+    # Loader.restore compares names, order, files and contents.
+    sources, now = stored["data"]["sources"], resolved["data"]["sources"]
+    if len(sources) == len(now):
+        moved = [{key: new[key] for key in ("path", "name")} for new in now]
+        sources = [
+            experiment.complete(source.SourceConfig, old | new)
+            for old, new in zip(sources, moved, strict=True)
+        ]
+    stored["data"] = stored["data"] | {"sources": sources}
+    compatible.refuse(
+        stored,
+        resolved,
+        experiment.MAY_CHANGE,
+        where=str(workdir),
+        also=experiment.MAY_MOVE,
+    )
     if meta["step"] > setup.derivation.num_steps:
         raise config.InputError(
             f"the run in {workdir} has made {meta['step']} steps, more than the "
             f"{setup.derivation.num_steps} asked for: set --config.train.num_steps="
             f"{meta['step']} or more, or use a new --workdir"
         )
+
+
+def stages(
+    meta: dict, exp: experiment.Experiment, sources: Sequence[source.Source]
+) -> None:
+    """Refuse a mixture that would have drawn the steps of a resumed run otherwise.
+
+    A stage that has not begun may change, come or go: the lanes ask for the stage of
+    every batch anew. One that has begun decided what is in the weights already, and
+    its place among the stages is part of the order of rows.
+    """
+    names, step = [one.name for one in sources], meta["step"]
+    was, now = (
+        mixture.begun(data.stages or ((0, _weights(data, names)),), step)
+        for data in (config.freeze(source.DataConfig, meta["config"]["data"]), exp.data)
+    )
+    if was != now:
+        raise config.InputError(
+            f"data.stages: the {step} steps of this run were drawn in the stages "
+            f"{config.thaw(was)}; those given would have drawn them in "
+            f"{config.thaw(now)}. Keep the stages that have begun, the last of them "
+            f"until step {step} or later, and change only those that follow; or use a "
+            "new --workdir"
+        )
+
+
+def _weights(data: source.DataConfig, names: Sequence[str]) -> dict[str, float]:
+    """The one stage of a mixture without stages."""
+    weights = (one.weight for one in data.sources)
+    return dict(zip(names, weights, strict=True))
 
 
 def init_from(exp: experiment.Experiment, say: Callable[[str], None]) -> None:

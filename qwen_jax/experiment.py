@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "optim.decay_steps",
     "model.attention",
     "mesh.*",
+    "rules.*",
     "checkpoint.*",
     "eval.*",
     "sample.*",
@@ -40,8 +41,11 @@ MAY_CHANGE = (
     "data.max_bad_share",
     "data.read_threads",
     "data.cache_dir",
+    "data.stages",  # those that have not begun: see checks.stages
     "export",
 )
+# What else may change is compared by more than its text: see checks.resume.
+MAY_MOVE = ("data.sources' path to another place of the same corpus",)
 
 
 def _not_negative(record: Any, *names: str) -> None:

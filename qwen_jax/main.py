@@ -204,6 +204,8 @@ def _train(
     resolved = config.thaw(exp)
     if meta is not None:
         checks.resume(meta, resolved, setup, workdir)
+        began = meta["local"][0]["order"]["sources"]
+        sources = source.under_names(sources, began)
     elif exp.train.init_from:
         checks.init_from(exp, say)
     trackers = metrics.trackers(exp.log.trackers, workdir) if primary else []
@@ -233,6 +235,7 @@ def _train(
     )
     if meta is not None:
         batches.restore(loader.merge_states(_distinct(meta["local"])))
+        checks.stages(meta, exp, sources)
     batches.start()
     compiling = compiling or _compile(setup)
     with jax.set_mesh(setup.device_mesh):

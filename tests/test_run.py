@@ -170,6 +170,91 @@ def test_what_may_change_may_change(here, copied):
 
 
 @pytest.mark.parametrize(
+    "rules",
+    [
+        {"vocab": "None", "ffn": "None"},
+        {"embed": "('data', 'fsdp')"},
+        {"batch": "('data',)", "heads": "None", "kv_heads": "None"},
+    ],
+)
+def test_a_resumed_run_on_another_layout_has_the_same_losses(
+    here, finished, copied, rules
+):
+    back_to(copied, 6)
+    code, _, err = here.run(
+        copied, *(f"--config.rules.{k}={v}" for k, v in rules.items())
+    )
+    assert code == 0, err
+    # float32, sums in another order: the bar of the project.
+    np.testing.assert_allclose(runs.losses(copied), runs.losses(finished), rtol=1e-5)
+    assert runs.steps_made(copied)[:6] == runs.steps_made(finished)[:6]
+    facts = json.loads((copied / "run.json").read_text())["config"]["rules"]
+    assert facts["ffn"] == (None if "ffn" in rules else "tensor")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The words that make a corpus of two sources."""
+    folder = tmp_path_factory.mktemp("two")
+    paths = [
+        runs.corpus(folder / name, seed=i) for i, name in enumerate(("one", "two"))
+    ]
+    sources = [{"path": str(path)} for path in paths]
+    return [
+        f"--config.data.sources={sources}",
+        *LEAN,
+        "--config.checkpoint.every_steps=3",
+    ]
+
+
+def stages(*pairs):
+    return f"--config.data.stages={list(pairs)}"
+
+
+BOTH, ONE, TWO = {"one": 1.0, "two": 1.0}, {"one": 1.0}, {"two": 1.0}
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        # No stages yet, and a decay stage that begins later.
+        ([], [(9, BOTH), (10, TWO)]),
+        # Cut off exactly where the run stands; a weight of 0 is none.
+        ([(4, BOTH), (7, ONE | {"two": 0})], [(4, BOTH), (6, ONE), (10, TWO)]),
+        # The last one holds on after its end, until another comes.
+        ([(2, TWO), (4, BOTH)], [(2, TWO), (8, BOTH), (10, ONE)]),
+    ],
+)
+def test_stages_that_have_not_begun_may_change(here, tmp_path, two, before, after):
+    code, _, err = here.run(
+        tmp_path / "run", *two, stages(*before), "--config.train.num_steps=6"
+    )
+    assert code == 0, err
+    longer = [*two, stages(*after), "--config.train.num_steps=12"]
+    for workdir in (tmp_path / "run", tmp_path / "whole"):
+        code, _, err = here.run(workdir, *longer)
+        assert code == 0, err
+    assert runs.steps_made(tmp_path / "run") == runs.steps_made(tmp_path / "whole")
+
+
+def test_stages_that_have_begun_stay(here, tmp_path, two):
+    begun = [*two, stages((4, BOTH), (5, TWO)), "--config.train.num_steps=6"]
+    code, _, err = here.run(tmp_path, *begun)
+    assert code == 0, err
+    for wrong, would in (
+        ([], "[[6, {'one': 1.0, 'two': 1.0}]]"),
+        ([(5, BOTH), (9, TWO)], "[[5, {'one': 1.0, 'two': 1.0}], [6, {'two': 1.0}]]"),
+        ([(4, BOTH), (5, TWO), (9, ONE)], "], [5, {'two': 1.0}], [6, {'one': 1.0}]]"),
+    ):
+        err = here.refused(tmp_path, *begun, stages(*wrong))
+        assert "data.stages: the 6 steps of this run were drawn in the stages" in err
+        was = "[[4, {'one': 1.0, 'two': 1.0}], [6, {'two': 1.0}]]; those given would"
+        assert was in err and would in err.partition(was)[2]
+    err = here.refused(tmp_path, *begun, stages((4, BOTH), (6, TWO), (9, {"three": 1})))
+    assert "no source is named 'three'" in err
+
+
+@pytest.mark.parametrize(
     "change, told",
     [
         ("model.num_layers=3", "model.num_layers: 2 in the checkpoint, 3 now"),
@@ -259,6 +344,48 @@ def test_a_changed_shard_is_named(here, copied, data, tmp_path):
         err = here.refused(copied, *stored)
     assert "'words.jsonl' of source 'corpus' changed" in err
     assert "Put the old files back" in err
+
+
+@pytest.mark.parametrize("place", ["elsewhere/corpus", "elsewhere/renamed", "relative"])
+def test_the_same_corpus_may_stand_elsewhere(
+    here, finished, copied, data, tmp_path, monkeypatch, place
+):
+    """Its name in the mixture came from the path and decides the order: it is kept."""
+    back_to(copied, 6)
+    if place == "relative":
+        monkeypatch.chdir(data.parent)
+        folder = data.name
+    else:
+        folder = shutil.copytree(data, tmp_path / place)
+    code, _, err = here.run(copied, *cache_of(data), data=folder)
+    assert code == 0, err
+    assert runs.steps_made(copied) == runs.steps_made(finished)
+    assert runs.evaluations(copied) == runs.evaluations(finished)
+    stored = json.loads((copied / "run.json").read_text())["config"]["data"]["sources"]
+    assert [one["path"] for one in stored] == [str(folder)]
+    # And again from there, at the old place.
+    code, _, err = here.run(copied, "--config.train.num_steps=10")
+    assert code == 0, err
+
+
+def cache_of(data):
+    return [f"--config.data.cache_dir={data.parent / 'cache'}"]
+
+
+def test_another_corpus_elsewhere_is_refused_with_the_difference(
+    here, copied, data, tmp_path
+):
+    folder = shutil.copytree(data, tmp_path / "elsewhere" / "corpus")
+    (folder / "more.txt").write_text("the model learns")
+    err = here.refused(copied, *cache_of(data), data=folder)
+    assert "'more.txt' of source 'corpus' is new" in err
+    (folder / "more.txt").rename(folder / "words.jsonl")
+    err = here.refused(copied, *cache_of(data), data=folder)
+    assert "'words.jsonl' of source 'corpus' changed (" in err
+    # What is read of it is another matter.
+    sources = [{"path": str(data), "text_field": "body"}]
+    err = here.refused(copied, f"--config.data.sources={sources}")
+    assert "data.sources: [" in err and "another place of the same corpus" in err
 
 
 @contextlib.contextmanager
