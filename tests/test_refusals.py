@@ -100,6 +100,11 @@ def refused(monkeypatch, capsys, workdir):
         ("data.holdout_share=2", ["holdout_share=2.0: wanted a share from 0 to 1"]),
         ("model.num_kv_heads=3", ["num_heads=8 must be a multiple of num_kv_heads=3"]),
         ("model.head_width=5", ["head_width=5 must be even"]),
+        (
+            "model.qk_norm=false",
+            ["of a qwen3", "qk_norm is False, there True", "--config.export=false"],
+        ),
+        ("model.family=qwen4", ["'qwen4' has no published form; did you mean"]),
         ("model.attention=splash", ["needs a TPU, this is cpu", "attention=blockwise"]),
         ("model.attention=flash", ["attention='flash'; did you mean 'splash'?"]),
         ("model.base=qwen3-9b", ["model 'qwen3-9b'; did you mean 'qwen3-"]),

@@ -464,6 +464,12 @@ def test_another_tokenizer_than_that_of_the_weights_is_told(
     assert f"note: {pretrained} has no tokenizer.json to compare" in out
 
 
+def test_a_model_without_a_published_form_is_trained_but_not_exported(here, tmp_path):
+    code, _, err = here.run(tmp_path, "--config.model.qk_norm=false", *LEAN)
+    assert code == 0, err
+    assert len(runs.losses(tmp_path)) == 9 and not (tmp_path / "export").exists()
+
+
 def test_a_batch_that_was_derived_stays_when_the_run_is_made_longer(here, tmp_path):
     unset = ["--config.train.num_steps=0", "--config.train.batch_tokens=0", *LEAN]
     tokens = "--config.train.tokens"
