@@ -96,7 +96,8 @@ def init_from(exp: experiment.Experiment, say: Callable[[str], None]) -> None:
     differs (another RoPE base may be meant)."""
     folder = exp.train.init_from
     there = hf.spec_from_config(hf.read_config(folder))
-    own = ("param_dtype", "compute_dtype", "attention", "max_positions", "init_std")
+    own = ("param_dtype", "compute_dtype", "reduce_dtype", "attention")
+    own += ("max_positions", "init_std")
     lines = [
         f"{key} is {a} there, {b} here"
         for key, a, b in config.diff(config.thaw(there), config.thaw(exp.model))

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "train.max_skipped",
     "optim.decay_steps",
     "model.attention",
+    "model.reduce_dtype",
     "mesh.*",
     "rules.*",
     "checkpoint.*",

@@ -70,6 +70,13 @@ def set_up(
             "another, so their dim stays whole; set --config.rules.layers=None, and "
             "split weights by rules.embed"
         )
+    off = set(mesh.names(exp.rules.embed)) - set(mesh.names(exp.rules.batch))
+    if spec.reduce_dtype != "compute" and off:
+        raise config.InputError(
+            f"model.reduce_dtype={spec.reduce_dtype} needs the axes of rules.embed "
+            f"among those of rules.batch, {', '.join(sorted(off))} is not: set "
+            "--config.rules.* or --config.model.reduce_dtype=compute"
+        )
     if exp.export:
         hf.check_spec(spec)
     tree = decoder.decoder_params(spec)

@@ -87,6 +87,7 @@ def refused(monkeypatch, capsys, workdir):
         ("mesh.tensor=3", ["8 devices are not a multiple of 3", "--config.mesh.*"]),
         ("rules.embed=tensor", ["on one mesh axis twice", "--config.rules"]),
         ("rules.embed=tenser", ["'tenser'; did you mean 'tensor'?"]),
+        ("model.reduce_dtype=bfloat16", ["'bfloat16': wanted compute or float32"]),
         ("rules.layers=data", ["rules.layers='data'", "--config.rules.layers=None"]),
         ("data.seq_tokens=256", ["=256 passes model.max_positions=128; set one"]),
         (
@@ -118,6 +119,15 @@ def test_a_field_that_does_not_fit(refused, workdir, data, more, told):
     words = runs.words(workdir, data, f"--config.{more}", arg="adamw")
     err = refused(*words)
     assert all(part in err for part in told), err
+
+
+def test_float32_sums_over_axes_that_the_rows_do_not_lie_on(refused, workdir, data):
+    more = ["--config.model.reduce_dtype=float32", "--config.rules.batch=('data',)"]
+    err = refused(*runs.words(workdir, data, *more, arg="adamw"))
+    assert (
+        "needs the axes of rules.embed among those of rules.batch, fsdp is not" in err
+    )
+    assert "--config.model.reduce_dtype=compute" in err
 
 
 def test_heads_that_the_tensor_axis_does_not_divide(refused, workdir, data):

@@ -158,6 +158,7 @@ def test_what_may_change_may_change(here, copied):
         "mesh.tensor": 1,
         "train.remat": "full",
         "train.loop": "unroll",
+        "model.reduce_dtype": "float32",
         "checkpoint.every_steps": 5,
         "eval.every_steps": 4,
         "data.max_bad_share": 0.5,

@@ -261,6 +261,7 @@ def _function(spec: spec_lib.Spec) -> dict[str, Any]:
     none = (
         "param_dtype",
         "compute_dtype",
+        "reduce_dtype",
         "attention",
         "init_std",
         "bos_id",
