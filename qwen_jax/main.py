@@ -176,7 +176,7 @@ def _nothing_to_save(
 
 
 def _go_on(options: Options) -> str:
-    return f"go on with:\n  {command(options)}"
+    return f"go on with:\n{_in_every_process(options, command(options))}"
 
 
 def _train(
@@ -248,6 +248,7 @@ def _train(
             exp,
             setup,
             command(options),
+            _go_on(options),
             workdir,
             vocabulary,
             batches,
@@ -350,7 +351,8 @@ def program() -> str:
 
 
 def command(options: Options) -> str:
-    """The command line that resumes this run."""
+    """The command line that resumes this run; of several processes, that of each, with
+    I in the place of its number."""
     parts = [program(), "run", "--config", options.config]
     parts += ["--workdir", options.workdir]
     if options.data:
@@ -359,10 +361,21 @@ def command(options: Options) -> str:
     if options.coordinator:
         parts += ["--coordinator", options.coordinator]
         parts += ["--num_processes", str(options.num_processes)]
-        parts += ["--process_id", str(options.process_id)]
-    elif options.distributed:
+        one = str(options.process_id)
+        parts += ["--process_id", "I" if options.num_processes > 1 else one]
+    elif options.distributed or options.num_processes > 1:
         parts.append("--distributed")
     return shlex.join(parts)
+
+
+def _in_every_process(options: Options, line: str) -> str:
+    """A command as it is printed, and where to give it if that is not here alone."""
+    count, where = options.num_processes, ""
+    if options.coordinator and count > 1:
+        where = f"\n  in each of the {count} processes, with I = 0 to {count - 1}"
+    elif not options.coordinator and (options.distributed or count > 1):
+        where = "\n  in every process of the job"
+    return f"  {line}{where}"
 
 
 def next_commands(options: Options, workdir: pathlib.Path, exp) -> str:
@@ -370,10 +383,10 @@ def next_commands(options: Options, workdir: pathlib.Path, exp) -> str:
     shown = shlex.quote(options.workdir)
     prompt = shlex.quote(exp.sample.prompts[0] if exp.sample.prompts else "Once")
     longer = 2 * exp.train.num_steps if exp.train.num_steps else 0
-    more = f"  {command(options)} --config.train.num_steps={longer}\n" if longer else ""
+    more = f" --config.train.num_steps={longer}" if longer else "        # resumes"
     return (
         "next:\n"
         f"  {program()} generate --model {shown}/export --prompt {prompt}\n"
         f"  {program()} report {shown}        # writes {shown}/report.html\n"
-        + (f"{more}" if more else f"  {command(options)}        # resumes\n")
-    ).rstrip()
+        + _in_every_process(options, command(options) + more)
+    )

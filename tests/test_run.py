@@ -15,7 +15,16 @@ import jax
 import numpy as np
 import pytest
 
-from qwen_jax import checks, cli, config, experiment, metrics, prepare, session
+from qwen_jax import (
+    checks,
+    cli,
+    config,
+    experiment,
+    main,
+    metrics,
+    prepare,
+    session,
+)
 from qwen_jax.checkpoint import lock
 from qwen_jax.data import tokenizer
 from tests import runs
@@ -118,6 +127,40 @@ def test_a_run_folder_explains_itself(finished):
     assert [row["event"] for row in runs.events(finished)] == ["start", "stop"]
     assert "<html" in (finished / "report.html").read_text()
     assert (finished / "export" / "model.safetensors").is_file()
+
+
+PAIR = {"coordinator": "host:7", "num_processes": 2}
+
+
+@pytest.mark.parametrize(
+    "given, words, where",
+    [
+        ({}, "", ""),
+        (
+            {**PAIR, "process_id": 1},
+            " --coordinator host:7 --num_processes 2 --process_id I",
+            "\n  in each of the 2 processes, with I = 0 to 1",
+        ),
+        (
+            {**PAIR, "num_processes": 1, "process_id": 0},
+            " --coordinator host:7 --num_processes 1 --process_id 0",
+            "",
+        ),
+        ({"distributed": True}, " --distributed", "\n  in every process of the job"),
+        # The number alone has JAX look for the others, too.
+        ({"num_processes": 4}, " --distributed", "\n  in every process of the job"),
+    ],
+)
+def test_the_resume_command_is_one_for_every_process(given, words, where):
+    options = main.Options("x.py", "a run", (("seed", "4"),), **given)
+    line = (
+        f"{main.program()} run --config x.py --workdir 'a run' --config.seed=4{words}"
+    )
+    assert main.command(options) == line
+    assert main._go_on(options) == f"go on with:\n  {line}{where}"
+    exp = experiment.resolve(str(runs.EXPERIMENT), [], "corpus")
+    last = main.next_commands(options, None, exp).partition(f"  {line}")
+    assert last[1] and last[2] == f" --config.train.num_steps=80{where}"
 
 
 def test_a_resumed_run_equals_an_unbroken_one(here, finished, copied):
