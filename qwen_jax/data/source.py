@@ -90,7 +90,8 @@ class DataConfig:
 
     Attributes:
       sources: where documents come from, with weights.
-      stages: (until_step, {source name: weight}) in rising order; the last holds on.
+      stages: (until_step, {source name: weight}) in rising order; the last holds on. A
+        resumed run may change those that have not begun.
       weight_by: "bytes" (weights are shares of the text) or "documents".
       seq_tokens: width of a row.
       tokenizer: tokenizer.json, its folder or a .tiktoken file; "" = train a BPE of
