@@ -8,12 +8,12 @@ are told.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwen_jax import config, experiment, params, prepare
 from qwen_jax.checkpoint import compatible
-from qwen_jax.data import tokenizer
+from qwen_jax.data import mixture, source, tokenizer
 from qwen_jax.models import decoder, hf
 from qwen_jax.models import spec as spec_lib
 
@@ -36,7 +36,23 @@ def resume(
     """Refuse what the run that made this checkpoint cannot go on with."""
     # A field that came with a later version has the value it had before: its default.
     stored = experiment.complete(experiment.Experiment, meta["config"])
-    compatible.refuse(stored, resolved, experiment.MAY_CHANGE, where=str(workdir))
+    # Where the corpus stands and how it is named there says little about what it is:
+    # Loader.restore compares names, order, files and contents.
+    sources, now = stored["data"]["sources"], resolved["data"]["sources"]
+    if len(sources) == len(now):
+        moved = [{key: new[key] for key in ("path", "name")} for new in now]
+        sources = [
+            experiment.complete(source.SourceConfig, old | new)
+            for old, new in zip(sources, moved, strict=True)
+        ]
+    stored["data"] = stored["data"] | {"sources": sources}
+    compatible.refuse(
+        stored,
+        resolved,
+        experiment.MAY_CHANGE,
+        where=str(workdir),
+        also=experiment.MAY_MOVE,
+    )
     if meta["step"] > setup.derivation.num_steps:
         raise config.InputError(
             f"the run in {workdir} has made {meta['step']} steps, more than the "
@@ -45,12 +61,43 @@ def resume(
         )
 
 
+def stages(
+    meta: dict, exp: experiment.Experiment, sources: Sequence[source.Source]
+) -> None:
+    """Refuse a mixture that would have drawn the steps of a resumed run otherwise.
+
+    A stage that has not begun may change, come or go: the lanes ask for the stage of
+    every batch anew. One that has begun decided what is in the weights already, and
+    its place among the stages is part of the order of rows.
+    """
+    names, step = [one.name for one in sources], meta["step"]
+    was, now = (
+        mixture.begun(data.stages or ((0, _weights(data, names)),), step)
+        for data in (config.freeze(source.DataConfig, meta["config"]["data"]), exp.data)
+    )
+    if was != now:
+        raise config.InputError(
+            f"data.stages: the {step} steps of this run were drawn in the stages "
+            f"{config.thaw(was)}; those given would have drawn them in "
+            f"{config.thaw(now)}. Keep the stages that have begun, the last of them "
+            f"until step {step} or later, and change only those that follow; or use a "
+            "new --workdir"
+        )
+
+
+def _weights(data: source.DataConfig, names: Sequence[str]) -> dict[str, float]:
+    """The one stage of a mixture without stages."""
+    weights = (one.weight for one in data.sources)
+    return dict(zip(names, weights, strict=True))
+
+
 def init_from(exp: experiment.Experiment, say: Callable[[str], None]) -> None:
     """Refuse a model folder whose weights are not those of this model; say what else
     differs (another RoPE base may be meant)."""
     folder = exp.train.init_from
     there = hf.spec_from_config(hf.read_config(folder))
-    own = ("param_dtype", "compute_dtype", "attention", "max_positions", "init_std")
+    own = ("param_dtype", "compute_dtype", "reduce_dtype", "attention")
+    own += ("max_positions", "init_std")
     lines = [
         f"{key} is {a} there, {b} here"
         for key, a, b in config.diff(config.thaw(there), config.thaw(exp.model))
@@ -62,8 +109,48 @@ def init_from(exp: experiment.Experiment, say: Callable[[str], None]) -> None:
             f"{'; '.join(lines)}; set --config.model.* to its values"
         )
     hf.check(folder, there)
+    own_tokenizer(exp)
     for line in lines:
         say(f"note: unlike in {folder}, {line}")
+    if not exp.data.tokenizer:
+        say(f"tokenizer: that of {folder}")
+
+
+def own_tokenizer(exp: experiment.Experiment) -> None:
+    """Refuse weights to begin with that come without the tokenizer of their ids."""
+    folder = exp.train.init_from
+    if exp.data.tokenizer or not folder:
+        return
+    if not (pathlib.Path(folder) / "tokenizer.json").is_file():
+        raise config.InputError(
+            f"train.init_from={folder} has no tokenizer.json, and one learnt here "
+            "would give its embeddings other words: set --config.data.tokenizer to the "
+            "tokenizer that the model was trained with"
+        )
+
+
+def other_tokenizer(
+    exp: experiment.Experiment,
+    known: tokenizer.Tokenizer,
+    say: Callable[[str], None],
+) -> None:
+    """Say so where the tokenizer asked for is not that of the weights to begin with."""
+    folder, asked = exp.train.init_from, exp.data.tokenizer
+    if not folder or not asked:
+        return
+    if not (pathlib.Path(folder) / "tokenizer.json").is_file():
+        say(f"note: {folder} has no tokenizer.json to compare data.tokenizer with")
+        return
+    try:
+        same = tokenizer.load(folder).fingerprint == known.fingerprint
+    except config.InputError as error:  # it is not the one that is used
+        say(f"note: data.tokenizer is not compared with that of {folder}: {error}")
+        return
+    if not same:
+        say(
+            f"note: data.tokenizer={asked} is not the tokenizer of {folder}, whose "
+            "embeddings were trained with its own ids"
+        )
 
 
 def _shapes(spec: spec_lib.Spec) -> Any:

@@ -31,7 +31,9 @@ MAY_CHANGE = (
     "train.max_skipped",
     "optim.decay_steps",
     "model.attention",
+    "model.reduce_dtype",
     "mesh.*",
+    "rules.*",
     "checkpoint.*",
     "eval.*",
     "sample.*",
@@ -40,8 +42,11 @@ MAY_CHANGE = (
     "data.max_bad_share",
     "data.read_threads",
     "data.cache_dir",
+    "data.stages",  # those that have not begun: see checks.stages
     "export",
 )
+# What else may change is compared by more than its text: see checks.resume.
+MAY_MOVE = ("data.sources' path to another place of the same corpus",)
 
 
 def _not_negative(record: Any, *names: str) -> None:
@@ -67,7 +72,8 @@ class TrainConfig:
     remat: str = "dots"
     loop: str = "scan"
     max_skipped: int = 20
-    init_from: str = ""  # a model folder to start from; "" = random weights
+    # A model folder to start from, its tokenizer with it; "" = random weights.
+    init_from: str = ""
 
     def __post_init__(self):
         if self.loop not in ("scan", "unroll"):
@@ -158,6 +164,15 @@ class Experiment:
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     export: bool = True
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer comes from; "" = it is learnt from the corpus.
+
+        Weights to begin with bring theirs: embeddings mean nothing under other ids.
+        `data.tokenizer` stays as it was given, so that a resumed run compares equal.
+        """
+        return self.data.tokenizer or self.train.init_from
 
 
 def resolve(

@@ -172,7 +172,7 @@ def _nothing_to_save(held: lock.Lock | None, options: Options) -> Callable[[str]
 
 
 def _go_on(options: Options) -> str:
-    return f"go on with:\n  {command(options)}"
+    return f"go on with:\n{_in_every_process(options, command(options))}"
 
 
 def _train(
@@ -201,17 +201,21 @@ def _train(
     resolved = config.thaw(exp)
     if meta is not None:
         checks.resume(meta, resolved, setup, workdir)
+        began = meta["local"][0]["order"]["sources"]
+        sources = source.under_names(sources, began)
     elif exp.train.init_from:
         checks.init_from(exp, say)
     trackers = metrics.trackers(exp.log.trackers, workdir) if primary else []
     for line in setup.lines:
         say(line)
     compiling = None
-    if meta is None and not exp.data.tokenizer:
+    if meta is None and not exp.tokenizer:
         checks.learnt_vocabulary(exp)
         compiling = _compile(setup)  # while the vocabulary is learnt
     vocabulary = _vocabulary(exp, workdir, sources, fresh=meta is None)
     checks.vocabulary(exp, vocabulary)
+    if meta is None:
+        checks.other_tokenizer(exp, vocabulary, say)
     checks.samples(exp, vocabulary)
     place = prepare.placer(
         setup.device_mesh, exp.rules, setup.batch.rows, setup.batch.micro_steps
@@ -228,6 +232,7 @@ def _train(
     )
     if meta is not None:
         batches.restore(loader.merge_states(_distinct(meta["local"])))
+        checks.stages(meta, exp, sources)
     batches.start()
     compiling = compiling or _compile(setup)
     with jax.set_mesh(setup.device_mesh):
@@ -240,6 +245,7 @@ def _train(
             exp,
             setup,
             command(options),
+            _go_on(options),
             workdir,
             vocabulary,
             batches,
@@ -317,11 +323,12 @@ def _vocabulary(
     """
     folder, wrong = workdir / "tokenizer", ""
     if jax.process_index() == 0:
-        asked = pathlib.Path(exp.data.tokenizer).resolve()
+        asked = pathlib.Path(exp.tokenizer).resolve()
         if fresh and not asked.is_relative_to(folder.resolve()):
             (folder / "tokenizer.json").unlink(missing_ok=True)
+        data = dataclasses.replace(exp.data, tokenizer=exp.tokenizer)
         try:
-            corpus.prepare_tokenizer(exp.data, folder, sources=sources)
+            corpus.prepare_tokenizer(data, folder, sources=sources)
         except config.InputError as error:
             wrong = str(error)
     wrong = agree.from_primary("qwen_jax/tokenizer", wrong, 3600.0)
@@ -341,7 +348,8 @@ def program() -> str:
 
 
 def command(options: Options) -> str:
-    """The command line that resumes this run."""
+    """The command line that resumes this run; of several processes, that of each, with
+    I in the place of its number."""
     parts = [program(), "run", "--config", options.config]
     parts += ["--workdir", options.workdir]
     if options.data:
@@ -350,10 +358,21 @@ def command(options: Options) -> str:
     if options.coordinator:
         parts += ["--coordinator", options.coordinator]
         parts += ["--num_processes", str(options.num_processes)]
-        parts += ["--process_id", str(options.process_id)]
-    elif options.distributed:
+        one = str(options.process_id)
+        parts += ["--process_id", "I" if options.num_processes > 1 else one]
+    elif options.distributed or options.num_processes > 1:
         parts.append("--distributed")
     return shlex.join(parts)
+
+
+def _in_every_process(options: Options, line: str) -> str:
+    """A command as it is printed, and where to give it if that is not here alone."""
+    count, where = options.num_processes, ""
+    if options.coordinator and count > 1:
+        where = f"\n  in each of the {count} processes, with I = 0 to {count - 1}"
+    elif not options.coordinator and (options.distributed or count > 1):
+        where = "\n  in every process of the job"
+    return f"  {line}{where}"
 
 
 def next_commands(options: Options, workdir: pathlib.Path, exp) -> str:
@@ -361,10 +380,10 @@ def next_commands(options: Options, workdir: pathlib.Path, exp) -> str:
     shown = shlex.quote(options.workdir)
     prompt = shlex.quote(exp.sample.prompts[0] if exp.sample.prompts else "Once")
     longer = 2 * exp.train.num_steps if exp.train.num_steps else 0
-    more = f"  {command(options)} --config.train.num_steps={longer}\n" if longer else ""
+    more = f" --config.train.num_steps={longer}" if longer else "        # resumes"
     return (
         "next:\n"
         f"  {program()} generate --model {shown}/export --prompt {prompt}\n"
         f"  {program()} report {shown}        # writes {shown}/report.html\n"
-        + (f"{more}" if more else f"  {command(options)}        # resumes\n")
-    ).rstrip()
+        + _in_every_process(options, command(options) + more)
+    )

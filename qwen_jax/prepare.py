@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax import config, experiment, mesh, params
-from qwen_jax.models import attention, decoder, flops
+from qwen_jax.models import attention, decoder, flops, hf
 from qwen_jax.optim import build, derive
 from qwen_jax.plan import chips, memory, micro
 from qwen_jax.train import state, step
@@ -64,6 +64,21 @@ def set_up(
             f"data.seq_tokens={exp.data.seq_tokens} passes model.max_positions="
             f"{spec.max_positions}; set one of them"
         )
+    if exp.rules.layers:
+        raise config.InputError(
+            f"rules.layers={exp.rules.layers!r}: layers are computed one after "
+            "another, so their dim stays whole; set --config.rules.layers=None, and "
+            "split weights by rules.embed"
+        )
+    off = set(mesh.names(exp.rules.embed)) - set(mesh.names(exp.rules.batch))
+    if spec.reduce_dtype != "compute" and off:
+        raise config.InputError(
+            f"model.reduce_dtype={spec.reduce_dtype} needs the axes of rules.embed "
+            f"among those of rules.batch, {', '.join(sorted(off))} is not: set "
+            "--config.rules.* or --config.model.reduce_dtype=compute"
+        )
+    if exp.export:
+        hf.check_spec(spec)
     tree = decoder.decoder_params(spec)
     params.shardings(tree, device_mesh, exp.rules)  # refuses what is uneven
     ways = math.prod(device_mesh.shape[a] for a in mesh.names(exp.rules.batch))

@@ -49,6 +49,7 @@ class Session:
         exp,
         setup: prepare.Setup,
         command: str,
+        go_on: str,
         workdir: pathlib.Path,
         vocabulary: tokenizer.Tokenizer,
         batches: loader.Loader,
@@ -58,7 +59,8 @@ class Session:
         trackers: list[metrics.Tracker],
         show_progress: bool = True,
     ):
-        self.exp, self.setup, self.command, self.workdir = exp, setup, command, workdir
+        self.exp, self.setup, self.workdir = exp, setup, workdir
+        self.command, self.go_on = command, go_on
         self.vocabulary, self.batches = vocabulary, batches
         self.checkpoints, self.stopper, self.say = checkpoints, stopper, say
         self.trackers, self.show_progress = trackers, show_progress
@@ -374,8 +376,8 @@ class Session:
                 self._close_logs(num_steps, failed)
         if not failed and self.made < num_steps and self.stopper.reason:
             self.say(
-                f"stopped by {self.stopper.reason} after step {self.made}; saved. "
-                f"Go on with:\n  {self.command}"
+                f"stopped by {self.stopper.reason} after step {self.made}; saved; "
+                f"{self.go_on}"
             )
 
     def _close_logs(self, num_steps: int, failed: bool) -> None:

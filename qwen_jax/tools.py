@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from qwen_jax import config, experiment, export, main, mesh, models, params
+from qwen_jax import checks, config, experiment, export, main, mesh, models, params
 from qwen_jax.checkpoint import manager
 from qwen_jax.data import corpus, loader, preview, source, tokenizer
 from qwen_jax.models import decode, decoder
@@ -99,10 +99,13 @@ def preview_data(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     exp = experiment.resolve(args.config, overrides, args.data)
     sources = source.open_sources(exp.data)
     with tempfile.TemporaryDirectory() as scratch:
-        # The run's own tokenizer where there is one, else one learnt for the look.
+        # The run's own tokenizer where there is one, else what a run would begin with.
         kept = pathlib.Path(args.workdir) / "tokenizer" if args.workdir else None
         folder = kept if kept and kept.is_dir() else pathlib.Path(scratch)
-        vocabulary = corpus.prepare_tokenizer(exp.data, folder, sources=sources)
+        if folder != kept:
+            checks.own_tokenizer(exp)
+        data = dataclasses.replace(exp.data, tokenizer=exp.tokenizer)
+        vocabulary = corpus.prepare_tokenizer(data, folder, sources=sources)
     batch_rows = max(args.rows, exp.data.streams)
     rows = loader.Loader(
         exp.data, vocabulary, batch_rows=batch_rows, seed=exp.seed, sources=sources

@@ -172,6 +172,35 @@ def test_a_product_with_a_gathered_weight(devices, rules, dims, shape, inner, x_
     assert_lies(split[0][1], devices, rules.pspec(*dims))
 
 
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (8, 1, 1), (2, 4, 1)])
+def test_parts_of_a_gradient_are_summed_in_the_dtype_asked_for(sizes):
+    """One device holds 1, seven hold 2^-9: bfloat16 keeps 8 bits of the sum."""
+    on, rules = mesh.make(mesh.MeshConfig(*sizes)), mesh.Rules()
+    x, cot = np.ones((8, 1, D)), np.full((8, 1, F), 2.0**-9)
+    cot[3] = 1
+    rows = rules.pspec("batch", None, None)
+
+    def grad(reduce_dtype):
+        def loss(w, x, cot):
+            w = mesh.gather(
+                w, rules, "embed", "ffn", dtype=x.dtype, reduce_dtype=reduce_dtype
+            )
+            return jnp.sum(mesh.product(x, w, out=rows) * cot, dtype=jnp.float32)
+
+        with jax.set_mesh(on):
+            w = lay(on, draw(D, F), rules.pspec("embed", "ffn"))
+            halves = [lay(on, a.astype(jnp.bfloat16), rows) for a in (x, cot)]
+            got = jax.jit(jax.grad(loss))(w, *halves)
+        assert got.dtype == jnp.float32
+        assert_lies(got, on, rules.pspec("embed", "ffn"))
+        return np.asarray(got)
+
+    np.testing.assert_array_equal(grad("float32"), 1 + 7 * 2.0**-9)
+    short = grad("compute")
+    np.testing.assert_array_equal(short, short.astype(jnp.bfloat16))
+    np.testing.assert_allclose(short, 1 + 7 * 2.0**-9, rtol=0.01)
+
+
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_rows_of_a_table_that_stays_split(devices, rules):
     table, cot = draw(V, D), draw(B, T, D, seed=1)

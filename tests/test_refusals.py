@@ -87,6 +87,8 @@ def refused(monkeypatch, capsys, workdir):
         ("mesh.tensor=3", ["8 devices are not a multiple of 3", "--config.mesh.*"]),
         ("rules.embed=tensor", ["on one mesh axis twice", "--config.rules"]),
         ("rules.embed=tenser", ["'tenser'; did you mean 'tensor'?"]),
+        ("model.reduce_dtype=bfloat16", ["'bfloat16': wanted compute or float32"]),
+        ("rules.layers=data", ["rules.layers='data'", "--config.rules.layers=None"]),
         ("data.seq_tokens=256", ["=256 passes model.max_positions=128; set one"]),
         (
             "data.vocab_size=512",
@@ -99,6 +101,11 @@ def refused(monkeypatch, capsys, workdir):
         ("data.holdout_share=2", ["holdout_share=2.0: wanted a share from 0 to 1"]),
         ("model.num_kv_heads=3", ["num_heads=8 must be a multiple of num_kv_heads=3"]),
         ("model.head_width=5", ["head_width=5 must be even"]),
+        (
+            "model.qk_norm=false",
+            ["of a qwen3", "qk_norm is False, there True", "--config.export=false"],
+        ),
+        ("model.family=qwen4", ["'qwen4' has no published form; did you mean"]),
         ("model.attention=splash", ["needs a TPU, this is cpu", "attention=blockwise"]),
         ("model.attention=flash", ["attention='flash'; did you mean 'splash'?"]),
         ("model.base=qwen3-9b", ["model 'qwen3-9b'; did you mean 'qwen3-"]),
@@ -112,6 +119,15 @@ def test_a_field_that_does_not_fit(refused, workdir, data, more, told):
     words = runs.words(workdir, data, f"--config.{more}", arg="adamw")
     err = refused(*words)
     assert all(part in err for part in told), err
+
+
+def test_float32_sums_over_axes_that_the_rows_do_not_lie_on(refused, workdir, data):
+    more = ["--config.model.reduce_dtype=float32", "--config.rules.batch=('data',)"]
+    err = refused(*runs.words(workdir, data, *more, arg="adamw"))
+    assert (
+        "needs the axes of rules.embed among those of rules.batch, fsdp is not" in err
+    )
+    assert "--config.model.reduce_dtype=compute" in err
 
 
 def test_heads_that_the_tensor_axis_does_not_divide(refused, workdir, data):
@@ -361,6 +377,19 @@ def test_the_model_of_another_run(refused, workdir, data, whole):
     more = [f"--config.train.init_from={whole}", "--config.model.ffn_width=32"]
     err = refused(*runs.words(workdir, data, *more, arg="adamw"))
     assert "is not the model of this run: ffn_width is 64 there, 32 here; set" in err
+
+
+def test_a_model_to_begin_with_that_has_no_tokenizer(
+    refused, workdir, data, whole, tmp_path
+):
+    """One that is learnt here would give its embeddings other words."""
+    folder = shutil.copytree(whole, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    words = runs.words(workdir, data, f"--config.train.init_from={folder}")
+    for verb in (["run"], ["data", "preview"]):
+        err = refused(*verb, *words[1:])
+        assert f"train.init_from={folder} has no tokenizer.json" in err
+        assert "set --config.data.tokenizer to the tokenizer that" in err
 
 
 @pytest.mark.parametrize(

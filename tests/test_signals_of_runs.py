@@ -59,7 +59,7 @@ def stop(process, number):
 
 def printed_command(out):
     """The words of the resume command that a run printed, without `qwen-jax`."""
-    line = out.partition("go on with:\n")[2] or out.partition("Go on with:\n")[2]
+    line = out.partition("; go on with:\n")[2]
     words = shlex.split(line.splitlines()[0])
     assert pathlib.Path(words[0]).name == "qwen-jax"
     return words[1:]

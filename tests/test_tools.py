@@ -293,6 +293,16 @@ def test_a_preview_learns_a_vocabulary_where_there_is_none(call, data, tmp_path)
     assert "\033" not in call(*words)
 
 
+def test_a_preview_takes_the_tokenizer_of_the_weights_to_begin_with(
+    call, run, data, tmp_path, monkeypatch
+):
+    monkeypatch.delattr(tokenizer, "train")  # nothing is learnt
+    words = ["data", "preview", *runs.words(tmp_path / "new", data)[1:]]
+    assert "8 rows of 32 tokens" in call(
+        *words, f"--config.train.init_from={run / 'export'}", "--rows=8"
+    )
+
+
 def test_a_preview_of_no_rows_is_refused(capsys, data, tmp_path):
     words = ["data", "preview", *runs.words(tmp_path, data)[1:]]
     assert "--rows 0: wanted at least 1" in refused(capsys, *words, "--rows=0")

@@ -74,7 +74,7 @@ def measure(args, shape, names, record) -> None:
             except venvs.NotInstalled as error:
                 errors[name] = f"not installed: {error}"
             except rounds.ChildError as error:
-                errors[name] = f"failed: {error}"
+                errors[name] = f"failed: {error}{way_out(name)}"
                 say(error.trace)
         rates = {} if args.no_matmul else start_matmul(args, stack)
         children |= rates
@@ -91,6 +91,15 @@ def measure(args, shape, names, record) -> None:
                 seconds_left=lambda: limit - (time.monotonic() - began),
             )
     fill(record, names, facts, errors, turns)
+
+
+def way_out(name: str) -> str:
+    """What to do about a peer that does not begin: its files are not looked through
+    (there are tens of thousands), and a crash may have taken one."""
+    if name not in PEERS:
+        return ""
+    home = venvs.home_of(name, venvs.root())
+    return f"; if its environment is damaged, delete {home} and run again"
 
 
 def launch(name: str, args, stack: contextlib.ExitStack) -> tuple[rounds.Child, dict]:

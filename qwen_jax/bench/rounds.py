@@ -41,13 +41,17 @@ class Child:
     def __init__(self, command: list[str], environment: dict[str, str]):
         # Closed in `close`, with the process that writes to it.
         self.noise = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.noise,
-            env=os.environ | environment,
-        )
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.noise,
+                env=os.environ | environment,
+            )
+        except OSError as error:
+            self.noise.close()
+            raise ChildError(f"does not start: {error}") from error
         self.rest = b""
 
     def ask(self, request: dict, timeout_s: float) -> dict:

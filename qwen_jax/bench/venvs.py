@@ -63,17 +63,26 @@ def root() -> pathlib.Path:
     return pathlib.Path(cache) / "qwen_jax" / "bench"
 
 
+def home_of(name: str, folder: pathlib.Path) -> pathlib.Path:
+    """The folder of a peer's environment."""
+    return folder / f"venv-{name}"
+
+
 def ensure(recipe: Recipe, folder: pathlib.Path, say=lambda text: None) -> pathlib.Path:
     """The Python of a ready environment, made now if it is not there.
 
     Raises:
       NotInstalled: no fitting Python, or pip failed.
     """
-    home = folder / f"venv-{recipe.name}"
+    home = home_of(recipe.name, folder)
     python = home / "bin" / "python"
     stamp = home / "requirements.json"
     wanted = json.dumps(recipe.requirements)
-    if stamp.is_file() and stamp.read_text() == wanted and python.exists():
+
+    def ready() -> bool:
+        return stamp.is_file() and stamp.read_text() == wanted and python.exists()
+
+    if ready():
         return python
     base = find_python(recipe.oldest_python)
     if base is None:
@@ -84,7 +93,7 @@ def ensure(recipe: Recipe, folder: pathlib.Path, say=lambda text: None) -> pathl
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"venv-{recipe.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making the same one
-        if not (stamp.is_file() and stamp.read_text() == wanted):
+        if not ready():
             _make(recipe, home, base, log)
             stamp.write_text(wanted)
     return python

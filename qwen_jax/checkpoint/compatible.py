@@ -38,8 +38,12 @@ def refuse(
     may_change: Iterable[str],
     *,
     where: str,
+    also: Iterable[str] = (),
 ) -> None:
-    """InputError if the run at `where` cannot go on with the new configuration."""
+    """InputError if the run at `where` cannot go on with the new configuration.
+
+    `also` names in words what the caller lets change beside the patterns.
+    """
     patterns = tuple(may_change)
     lines = config_difference(stored, new, patterns)
     if lines:
@@ -47,7 +51,7 @@ def refuse(
         raise config.InputError(
             f"the run in {where} was started with another configuration:\n  {listed}\n"
             "set these back, or use a new --workdir; a resumed run may change only "
-            f"{', '.join(patterns) or 'nothing'}"
+            f"{', '.join((*patterns, *also)) or 'nothing'}"
         )
 
 

@@ -13,7 +13,9 @@ is a pure function of (weights, where each source stood when the stage began).
 Stages. `stages` lists (until_step, {name: weight}): a stage holds while step <
 until_step, the last one for ever. At a switch each source goes on where it stood, so an
 annealing stage meets documents the run has not yet seen. Rows packed but not returned
-when a stage ends are dropped and counted (loader: `dropped_tokens`).
+when a stage ends are dropped and counted (loader: `dropped_tokens`). A resumed run may
+change the stages that have not begun; a source for a later stage stands among the
+sources from the start, unnamed in the stages before.
 
 Units: a weight is a share of the text, in UTF-8 bytes (weight_by="bytes": draws are
 weight / mean document size), or of the documents (weight_by="documents", SeqIO's rule).
@@ -110,6 +112,18 @@ def _permutation(seed: int, epoch: int, num_records: int) -> np.ndarray:
     # The legacy generator's stream is frozen by NumPy, so old states keep their order.
     shuffle = np.random.RandomState(rng.seed_for(seed, f"epoch/{epoch}"))
     return shuffle.permutation(num_records).astype(np.uint16)
+
+
+def begun(stages: Stages, step: int) -> Stages:
+    """The stages of the batches before `step`, the last of them cut off there."""
+    parts, first = [], 0
+    for number, (until, weights) in enumerate(stages):
+        if first >= step:
+            break
+        ends = step if number == len(stages) - 1 else min(until, step)
+        parts.append((ends, {name: w for name, w in weights.items() if w}))
+        first = until
+    return tuple(parts)
 
 
 def make(

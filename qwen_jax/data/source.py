@@ -21,6 +21,7 @@ Raises: InputError for a missing path, an empty corpus, two sources of one name,
 that changed or is gone.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -89,7 +90,8 @@ class DataConfig:
 
     Attributes:
       sources: where documents come from, with weights.
-      stages: (until_step, {source name: weight}) in rising order; the last holds on.
+      stages: (until_step, {source name: weight}) in rising order; the last holds on. A
+        resumed run may change those that have not begun.
       weight_by: "bytes" (weights are shares of the text) or "documents".
       seq_tokens: width of a row.
       tokenizer: tokenizer.json, its folder or a .tiktoken file; "" = train a BPE of
@@ -337,6 +339,22 @@ def open_sources(data: DataConfig) -> tuple[Source, ...]:
     )
 
 
+def under_names(sources: Sequence[Source], names: Sequence[str]) -> tuple[Source, ...]:
+    """The sources of a resumed run under the names it began with.
+
+    A name that the config leaves open comes from the path, and decides the order of the
+    documents: a corpus that has moved keeps the one it had.
+    """
+    own = [one.name for one in sources]
+    if len(own) != len(names) or set(own) == set(names):
+        return tuple(sources)
+    out = []
+    for one, name in zip(sources, names, strict=True):
+        out.append(copy.copy(one))
+        out[-1].name = one.config.name or name
+    return tuple(out)
+
+
 def read_pairs(
     sources: Sequence[Source], pairs: Sequence[tuple[int, int]]
 ) -> list[Document | Bad]:
@@ -381,6 +399,11 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
                 lines.append(f"{file!r} of source {name!r} is gone")
             elif file not in was:
                 lines.append(f"{file!r} of source {name!r} is new")
+            elif was[file][2].startswith("etag:") != now[file][2].startswith("etag:"):
+                lines.append(
+                    f"{file!r} of source {name!r} is known by a store's tag at one "
+                    "place and by its content at the other, which do not compare"
+                )
             elif was[file] != now[file]:
                 lines.append(
                     f"{file!r} of source {name!r} changed ({was[file][1]} bytes, "

@@ -116,7 +116,7 @@ def attention(
     )  # its outputs do not name the axes they vary on
     run = mesh.local(kernel, inputs=inputs, out=heads, checked=checked)
     out_btnk = run(*operands)
-    return merge(p, out_btnk, rules)
+    return merge(p, out_btnk, spec, rules)
 
 
 def cached(
@@ -158,7 +158,7 @@ def cached(
     out_btnk, keys_bshk, values_bshk = run(
         q_btnk, k_bthk, v_bthk, keys_bshk, values_bshk, segments_bt, segments_bs, length
     )
-    return merge(p, out_btnk, rules), keys_bshk, values_bshk
+    return merge(p, out_btnk, spec, rules), keys_bshk, values_bshk
 
 
 def project(p, x_btd, cos_btk, sin_btk, spec, rules):
@@ -167,8 +167,9 @@ def project(p, x_btd, cos_btk, sin_btk, spec, rules):
     def one(name, heads, rotate):
         dtype = x_btd.dtype
         letter = "n" if heads == "heads" else "h"
-        w = p[f"{name}_ld{letter}k"].astype(dtype)
-        w = mesh.gather(w, rules, "embed", heads, None)
+        w = p[f"{name}_ld{letter}k"]
+        how = {"dtype": dtype, "reduce_dtype": spec.reduce_dtype}
+        w = mesh.gather(w, rules, "embed", heads, None, **how)
         out = rules.pspec("batch", None, heads, None)
         y = mesh.product(x_btd, w, out=out)
         if spec.qkv_bias:
@@ -193,10 +194,10 @@ def project(p, x_btd, cos_btk, sin_btk, spec, rules):
     )
 
 
-def merge(p, out_btnk, rules):
+def merge(p, out_btnk, spec, rules):
     """Heads back to the width: out_btnk -> y_btd."""
-    o_nkd = p["o_lnkd"].astype(out_btnk.dtype)
-    o_nkd = mesh.gather(o_nkd, rules, "heads", None, "embed")
+    how = {"dtype": out_btnk.dtype, "reduce_dtype": spec.reduce_dtype}
+    o_nkd = mesh.gather(p["o_lnkd"], rules, "heads", None, "embed", **how)
     out = rules.pspec("batch", None, None)
     return mesh.product(out_btnk, o_nkd, inner=2, out=out)
 

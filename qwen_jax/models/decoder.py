@@ -117,7 +117,7 @@ def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, window):
 def _feed_forward(p, x_btd, spec, rules):
     with jax.named_scope("mlp"):
         y_btd = norm.rms_norm(x_btd, p["mlp_norm_ld"], spec.norm_eps)
-        return x_btd + mlp_lib.mlp(p["mlp"], y_btd, rules)
+        return x_btd + mlp_lib.mlp(p["mlp"], y_btd, spec, rules)
 
 
 def _stretches(spec: spec_lib.Spec) -> list[tuple[int, int, int]]:

@@ -13,6 +13,7 @@ Raises: config.InputError for a folder without config.json or weights, an unknow
 architecture, a missing, surplus or misshapen tensor; no code from the folder is run.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -213,6 +214,66 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
             if scaling.attention_factor is not None:
                 raw["rope_scaling"]["attention_factor"] = scaling.attention_factor
     return raw
+
+
+def check_spec(spec: spec_lib.Spec) -> None:
+    """Refuse a Spec whose function its own config.json would not tell.
+
+    A family stands for switches that the file does not have: what reads it would build
+    another model, and leave out or miss weights.
+
+    Raises:
+      config.InputError: naming the fields, what the file says instead, and the fix.
+    """
+    if spec.family not in ARCHITECTURES:
+        raise config.InputError(
+            f"model.family={spec.family!r} has no published form"
+            f"{config.nearest(spec.family, ARCHITECTURES)}; set --config.model.family, "
+            "or --config.export=false"
+        )
+    wrong = _told_otherwise(spec)
+    if not wrong:
+        return
+    fitting = [
+        family
+        for family in ARCHITECTURES
+        if not _told_otherwise(dataclasses.replace(spec, family=family))
+    ]
+    fixes = [f"--config.model.family={family}" for family in fitting] or [
+        " ".join(f"--config.model.{name}={told}" for name, (_, told) in wrong.items())
+    ]
+    listed = ", ".join(f"{k} is {old}, there {new}" for k, (old, new) in wrong.items())
+    raise config.InputError(
+        f"config.json of a {spec.family} would tell of another model than this one: "
+        f"{listed}; set {' or '.join(fixes)}, or --config.export=false to train "
+        "without a Hugging Face folder at the end"
+    )
+
+
+def _told_otherwise(spec: spec_lib.Spec) -> dict[str, tuple[Any, Any]]:
+    """{field: (here, as read from config_of)} where the function differs."""
+    here, there = map(_function, (spec, spec_from_config(config_of(spec))))
+    return {k: (here[k], there[k]) for k in here if here[k] != there[k]}
+
+
+def _function(spec: spec_lib.Spec) -> dict[str, Any]:
+    """The fields that decide logits; those that say the same in two ways as one."""
+    none = (
+        "param_dtype",
+        "compute_dtype",
+        "reduce_dtype",
+        "attention",
+        "init_std",
+        "bos_id",
+        "eos_ids",
+    )
+    names = [f.name for f in dataclasses.fields(spec) if f.name not in none]
+    scaling = spec.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        scaling = ("linear", scaling.factor)  # and nothing else of it
+    # window=0 and full_layers=num_layers are both full attention.
+    one = {"rope_scaling": scaling, "window": spec.windows, "full_layers": None}
+    return {name: getattr(spec, name) for name in names} | one
 
 
 def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
@@ -424,7 +485,10 @@ def save(
       folder: made if missing; files of the same names are replaced.
       dtype: of the tensors; None keeps the parameters' own.
       shard_bytes: largest file; above it the weights go to several with an index.
+    Raises:
+      config.InputError: config.json cannot tell what the Spec computes.
     """
+    check_spec(spec)
     folder = pathlib.Path(folder)
     named = _named(spec, weights, dtype)
     if jax.process_index() != 0:

@@ -26,13 +26,15 @@ def mlp_params(spec: spec_lib.Spec) -> dict[str, Param]:
     }
 
 
-def mlp(p: dict[str, jax.Array], x_btd: jax.Array, rules: mesh.Rules) -> jax.Array:
+def mlp(
+    p: dict[str, jax.Array], x_btd: jax.Array, spec: spec_lib.Spec, rules: mesh.Rules
+) -> jax.Array:
     """One layer's feed-forward; `p` has one layer's weights."""
-    dtype = x_btd.dtype
+    how = {"dtype": x_btd.dtype, "reduce_dtype": spec.reduce_dtype}
     inner = rules.pspec("batch", None, "ffn")
-    gate_df = mesh.gather(p["gate_ldf"].astype(dtype), rules, "embed", "ffn")
-    up_df = mesh.gather(p["up_ldf"].astype(dtype), rules, "embed", "ffn")
-    down_fd = mesh.gather(p["down_lfd"].astype(dtype), rules, "ffn", "embed")
+    gate_df = mesh.gather(p["gate_ldf"], rules, "embed", "ffn", **how)
+    up_df = mesh.gather(p["up_ldf"], rules, "embed", "ffn", **how)
+    down_fd = mesh.gather(p["down_lfd"], rules, "ffn", "embed", **how)
     gate_btf = mesh.product(x_btd, gate_df, out=inner)
     up_btf = mesh.product(x_btd, up_df, out=inner)
     gate_btf = checkpoint_name(gate_btf, "mlp_gate")

@@ -46,7 +46,13 @@ class RopeScaling:
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """One dense Qwen. Every field is a fact about the function, none about a run,
-    except `attention`, which picks an implementation of the same function."""
+    except `attention` and `reduce_dtype`, which pick an implementation of the same one.
+
+    reduce_dtype: in which devices sum their parts of a gradient: "compute" (the dtype
+    of compute, half the traffic with bfloat16) or "float32" (see mesh.gather). The
+    matrices of the layers alone: tables and head are summed in float32 always, biases
+    and norms in the dtype of compute.
+    """
 
     family: str = "qwen3"
     vocab_size: int = 151_936
@@ -68,6 +74,7 @@ class Spec:
     init_std: float = 0.02
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
+    reduce_dtype: str = "compute"
     attention: str = "blockwise"
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -94,6 +101,10 @@ class Spec:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}: wanted one of {known}"
                 )
+        if self.reduce_dtype not in ("compute", "float32"):
+            raise ValueError(
+                f"reduce_dtype={self.reduce_dtype!r}: wanted compute or float32"
+            )
 
     @property
     def windows(self) -> tuple[int, ...]:

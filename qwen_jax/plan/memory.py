@@ -4,7 +4,8 @@
     state      weights, optimizer moments
     gradient   like the weights, in their dtype; twice when micro-batches are summed
     gathered   one layer's weights whole in the compute dtype, the next one's that are
-               fetched meanwhile, and the gradient of one before it is scattered
+               fetched meanwhile, and the gradient of one before it is scattered, in the
+               dtype of that sum
     head       the output matrix whole, its gradient in float32, a chunk of logits
     kept       activations that wait for the backward pass, all layers (`remat` decides)
     working    activations of the one layer that is being differentiated
@@ -84,6 +85,7 @@ def estimate(
     layer = local_bytes(tree["layers"], _without(rules, "embed"), sizes, size) // max(
         spec.num_layers, 1
     )
+    wide = max(size, 4) if spec.reduce_dtype == "float32" else size
     head = params.Param((spec.vocab_size, spec.width), ("vocab", "embed"))
     whole = local_bytes({"head": head}, _without(rules, "embed"), sizes, 1)
     kept, working = activation_bytes_per_token(spec, rules, sizes, remat)
@@ -91,7 +93,7 @@ def estimate(
         weights=weights,
         optimizer=moments,
         gradient=weights * (2 if micro_steps > 1 else 1),
-        gathered=3 * layer,
+        gathered=2 * layer + layer * wide // size,
         head=whole * (size + 4) + CHUNK_BYTES,
         kept=kept * tokens,
         working=working * tokens,

@@ -63,8 +63,12 @@ def cross_entropy(
     ways = mesh.axis_size(rules.vocab)
     rows = hidden_btd.shape[0] // mesh.axis_size(rules.batch)
     chunk = chunk or _chunk(rows, hidden_btd.shape[1], w_vd.shape[0] // ways)
-    batch_axes, embed_axes = mesh.names(rules.batch), mesh.names(rules.embed)
+    batch_axes = mesh.names(rules.batch)
     vocab_axes = mesh.names(rules.vocab) if mesh.active() else ()
+    # Axes of the width alone gather equal parts: out here, where the type says so.
+    embed_axes = tuple(a for a in mesh.names(rules.embed) if a in batch_axes)
+    lies = jax.P(*rules.pspec("vocab"), embed_axes or None)
+    w_vd = mesh.reshard(w_vd, lies)
 
     def local(x, w, targets, mask):
         if mesh.active():
@@ -83,7 +87,7 @@ def cross_entropy(
         local,
         inputs=(
             rules.pspec("batch", None, None),
-            rules.pspec("vocab", "embed"),
+            lies,
             rules.pspec("batch", None),
             rules.pspec("batch", None),
         ),

@@ -6,7 +6,9 @@ nothing but the counters (all processes alike, since the test is on global value
 
 Shapes: each array of `batch` is [micro, rows, t] with rows laid out by `batch`; the
 gradient is accumulated over `micro` in float32, each micro-batch divided by the global
-count of targets, so the result equals that of one large batch.
+count of targets, so the result equals that of one large batch. Between devices the
+parts of a layer's gradient are summed in the compute dtype, before they are widened,
+or in float32 with model.reduce_dtype (see mesh.gather).
 Metrics (float32 scalars): loss (nats a token), bits (sum of nll in bits), bytes,
 targets, z_loss, grad_norm, lr is the caller's, skipped (0 or 1), and tokens of padding.
 """

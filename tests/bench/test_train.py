@@ -112,11 +112,37 @@ def test_a_peer_that_cannot_be_installed_is_told(fakes, monkeypatch, capsys):
     assert shown.count("not installed: no network") == 2
 
 
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        ("import not_there", "No module named 'not_there'"),
+        ("no python", "failed: does not start: [Errno 13] Permission denied: '"),
+    ],
+)
+def test_a_damaged_environment_is_told_with_the_way_out(
+    fakes, monkeypatch, capsys, tmp_path, damage, told
+):
+    folder = fakes(ours_train=0.5)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (folder / "hf_train.py").write_text(damage)
+    if damage == "no python":
+        broken = tmp_path / "python"
+        broken.write_text("")
+        monkeypatch.setattr(venvs, "ensure", lambda recipe, folder, say: broken)
+    flags = ["--candidates", "ours", "--peers", "hf", "--no_matmul"]
+    assert train.main([*TINY, *flags]) == 0
+    shown = capsys.readouterr().out
+    assert told in shown
+    home = tmp_path / "qwen_jax" / "bench" / "venv-hf"
+    assert f"; if its environment is damaged, delete {home} and run again" in shown
+
+
 def test_a_broken_candidate_of_ours_fails_the_command(fakes, capsys):
     folder = fakes(matmul=0.25)
     (folder / "ours_train.py").write_text("raise SystemExit('boom')")
     assert train.main([*TINY, "--candidates", "ours"]) == 1
-    assert "failed: ended: exit code 1, boom" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "failed: ended: exit code 1, boom" in shown and "delete" not in shown
 
 
 GOOD = {"params": 10, "tokens_per_step": 8, "first_loss": 4.6}

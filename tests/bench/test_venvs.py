@@ -46,6 +46,12 @@ def test_a_half_made_environment_is_made_anew(tmp_path, commands):
     assert len(commands) == 3
 
 
+def test_an_environment_that_lost_its_python_is_made_anew(tmp_path, commands):
+    python = venvs.ensure(RECIPE, tmp_path)
+    python.unlink()
+    assert venvs.ensure(RECIPE, tmp_path).exists() and len(commands) == 6
+
+
 def test_a_failing_install_tells_the_reason_and_the_log(tmp_path):
     code = "print('ERROR: no such thing'); print('bye'); raise SystemExit(1)"
     log = tmp_path / "log"

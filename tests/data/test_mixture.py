@@ -83,6 +83,22 @@ def test_a_stage_goes_on_where_each_source_stood():
     assert sorted(seen) == list(range(40))
 
 
+def test_the_stages_of_the_batches_before_a_step():
+    one, two, both = {"a": 1.0}, {"b": 1.0}, {"a": 1.0, "b": 2.0}
+    stages = ((4, one | {"b": 0.0}), (9, two), (12, both))
+    for step, wanted in {
+        0: (),
+        1: ((1, one),),
+        4: ((4, one),),
+        5: ((4, one), (5, two)),
+        9: ((4, one), (9, two)),
+        10: ((4, one), (9, two), (10, both)),
+        99: ((4, one), (9, two), (99, both)),  # the last holds on
+    }.items():
+        assert mixture.begun(stages, step) == wanted
+    assert mixture.begun(((0, both),), 7) == ((7, both),)
+
+
 def test_mistakes():
     with pytest.raises(config.InputError, match="no source is named 's9'"):
         made((3,), stages=((5, {"s9": 1.0}),))

@@ -410,6 +410,38 @@ def test_changes_between_manifests_are_told(tmp_path):
     ]
 
 
+def test_a_tag_of_a_store_does_not_compare_with_content(tmp_path):
+    def manifest(digest):
+        return {
+            "hash": digest,
+            "sources": {"web": {"fields": [], "files": [["a", 5, digest, 1]]}},
+        }
+
+    told = source.changes(manifest("etag:1"), manifest("2"))
+    assert told == [
+        "'a' of source 'web' is known by a store's tag at one place and by its content "
+        + "at the other, which do not compare"
+    ]
+    assert "changed (5 bytes" in source.changes(manifest("1"), manifest("2"))[0]
+
+
+def test_sources_of_a_resumed_run_keep_the_names_they_began_with(tmp_path):
+    folder = write(tmp_path, "text")
+    open_one, named = opened(folder, tmp_path), opened(folder, tmp_path, name="web")
+
+    def names(*stored):
+        kept = source.under_names([open_one, named], stored)
+        assert [one.entries for one in kept] == [open_one.entries, named.entries]
+        return [one.name for one in kept]
+
+    assert open_one.name == "texts"
+    assert names("old", "web") == ["old", "web"]
+    assert names("old", "net") == ["old", "web"]  # given by the user: it stays
+    assert names("web", "texts") == ["texts", "web"]  # only their order differs
+    assert names("old") == ["texts", "web"]  # there were fewer
+    assert open_one.name == "texts"
+
+
 def test_mistakes_in_the_config(tmp_path):
     with pytest.raises(config.InputError, match=r"data.sources is empty"):
         source.open_sources(source.DataConfig())

@@ -56,6 +56,70 @@ def test_as_many_weights_as_transformers_makes_of_the_configuration(name):
     assert flops.num_params(spec_lib.get(name)) == theirs
 
 
+@pytest.mark.parametrize("name", spec_lib.NAMED)
+def test_a_published_size_is_told_by_its_config(name):
+    yarn = spec_lib.RopeScaling("yarn", 4.0, attention_factor=1.1, truncate=False)
+    for changes in (
+        {},
+        {
+            "compute_dtype": "bfloat16",
+            "attention": "splash",
+            "eos_ids": (),
+            "bos_id": 3,
+        },
+        {"rope_scaling": yarn},
+        {"rope_scaling": spec_lib.RopeScaling("linear", 2.0, original_positions=7)},
+        {"window": 64, "full_layers": 3},
+        {"window": 64, "full_layers": 999},  # a window for no layer
+        {"full_layers": 3},  # no window
+        {"head_width": 6, "norm_eps": 1e-5, "rope_theta": 5e5, "max_positions": 77},
+    ):
+        hf.check_spec(dataclasses.replace(spec_lib.get(name), **changes))
+
+
+@pytest.mark.parametrize(
+    "name, changes, told, fix",
+    [
+        (
+            "qwen3-8b",
+            {"qk_norm": False},
+            "of a qwen3 would tell of another model than this one: qk_norm is False, "
+            "there True; set",
+            "set --config.model.qk_norm=True, or --config.export=false",
+        ),
+        (
+            "qwen3-8b",
+            {"qkv_bias": True, "qk_norm": False},
+            "qkv_bias is True, there False, qk_norm is False, there True",
+            "set --config.model.family=qwen2, or",
+        ),
+        (
+            "qwen2-7b",
+            {"qkv_bias": False},
+            "of a qwen2 would tell of another model than this one: qkv_bias is False",
+            "set --config.model.qkv_bias=True, or",
+        ),
+        ("qwen2-7b", {"family": "qwen3"}, "qkv_bias is", "model.family=qwen2, or"),
+        (
+            "qwen2-7b",
+            {"family": "qwen22"},
+            "'qwen22' has no published form; did you mean 'qwen2'?",
+            "set --config.model.family, or --config.export=false",
+        ),
+    ],
+)
+def test_a_model_that_a_config_cannot_tell_is_refused(
+    name, changes, told, fix, tmp_path
+):
+    spec = spec_lib.get(name, **changes)
+    with pytest.raises(config.InputError) as caught:
+        hf.check_spec(spec)
+    assert told in str(caught.value) and fix in str(caught.value)
+    with pytest.raises(config.InputError):
+        models.save(spec, {}, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_flops_of_a_token_are_those_of_its_products():
     """Every product of the forward pass of one token of Qwen3-8B, written out."""
     spec, t = spec_lib.get("qwen3-8b"), 4096

@@ -68,6 +68,14 @@ def test_weights_and_moments_are_those_of_the_state(sizes, rules, optimizer):
     assert got.optimizer == pytest.approx(bytes_of(shapes.opt), rel=0.02)
 
 
+def test_sums_in_float32_take_a_layers_gradient_twice_as_wide():
+    half = dataclasses.replace(SPEC, compute_dtype="bfloat16")
+    wide = dataclasses.replace(half, reduce_dtype="float32")
+    assert 3 * estimate(wide).gathered == 4 * estimate(half).gathered
+    same = dataclasses.replace(SPEC, reduce_dtype="float32")
+    assert estimate(same) == estimate(SPEC)
+
+
 def residual_bytes(remat, rows=2, t=32):
     """Bytes that autodiff keeps for the backward pass of all layers."""
     spec = dataclasses.replace(SPEC, compute_dtype="bfloat16")

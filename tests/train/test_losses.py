@@ -55,13 +55,24 @@ def test_values_and_gradients(chunk):
     check(ours(*arrays, chunk=chunk, rules=mesh.Rules()), arrays)
 
 
+OFF = mesh.Rules(batch="data")  # the width lies on an axis that the rows do not
+
+
 # (data, fsdp, tensor): the vocabulary split, the table split both ways, all axes.
-@pytest.mark.parametrize("sizes", [(1, 1, 4), (1, 4, 1), (2, 2, 2)])
-def test_on_a_mesh(sizes):
+@pytest.mark.parametrize(
+    "sizes, rules",
+    [
+        ((1, 1, 4), mesh.Rules()),
+        ((1, 4, 1), mesh.Rules()),
+        ((2, 2, 2), mesh.Rules()),
+        ((2, 2, 2), OFF),
+        ((1, 4, 1), OFF),
+    ],
+)
+def test_on_a_mesh(sizes, rules):
     arrays = inputs(rows=4)
     devices = jax.devices()[: np.prod(sizes)]
     on = mesh.make(mesh.MeshConfig(*sizes), devices)
-    rules = mesh.Rules()
     layout = (
         rules.pspec("batch", None, None),
         rules.pspec("vocab", "embed"),

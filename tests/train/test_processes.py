@@ -48,7 +48,11 @@ def test_two_processes_have_the_losses_of_one(tmp_path, monkeypatch):
     first, second = (out for _, out, _ in ends)
     assert "finished 20 steps" in first
     assert all(line.startswith("[Gloo]") for line in second.splitlines())
-    assert json.loads((two / "run.json").read_text())["mesh"]["data"] == 2
+    facts = json.loads((two / "run.json").read_text())
+    assert facts["mesh"]["data"] == 2
+    # What goes on with it is told of both processes, not of the one that tells it.
+    assert facts["resume_command"].endswith(" --num_processes 2 --process_id I")
+    assert first.rstrip().endswith("\n  in each of the 2 processes, with I = 0 to 1")
 
     # The same documents in the same rows: all that was read, and all that comes next.
     (alone,), both = positions(one), positions(two)

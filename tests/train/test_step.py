@@ -189,6 +189,36 @@ def test_bfloat16_compute_keeps_float32_weights_and_state():
     assert metrics["loss"] != exact_metrics["loss"]  # it did compute in bfloat16
 
 
+def test_gradients_of_the_layers_are_summed_in_the_dtype_asked_for():
+    """Of each matrix, that is: what is summed in bfloat16 holds such numbers only."""
+    on = mesh.make(mesh.MeshConfig(2, 4, 1))
+    rows = RULES.pspec("batch", None)
+    names = ("q_ldnk", "k_ldhk", "v_ldhk", "o_lnkd", "gate_ldf", "up_ldf", "down_lfd")
+
+    def shares(reduce_dtype):
+        spec = dataclasses.replace(
+            SPEC, compute_dtype="bfloat16", reduce_dtype=reduce_dtype
+        )
+        placed = models.init(spec, seed=1, device_mesh=on)
+        with jax.set_mesh(on):
+            layout = mesh.sharding(on, jax.P(None, *rows))
+            arrays = {k: jax.device_put(x, layout) for k, x in batch().items()}
+            run = functools.partial(
+                step_lib.gradients, spec=spec, rules=RULES, config=CONFIG
+            )
+            grads, _ = jax.device_get(jax.jit(run)(placed, arrays))
+        leaves = grads["layers"]["attention"] | grads["layers"]["mlp"]
+        return {
+            name: np.mean(x == x.astype(jnp.bfloat16).astype(np.float32))
+            for name, x in leaves.items()
+            if name in names
+        }
+
+    assert shares("compute") == dict.fromkeys(names, 1.0)
+    wide = shares("float32")
+    assert wide.keys() == set(names) and max(wide.values()) < 0.5
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_the_abstract_state_is_that_of_a_made_one(name, sizes):
