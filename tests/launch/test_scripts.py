@@ -12,6 +12,8 @@ import time
 import pytest
 import yaml
 
+from qwen_jax import cli
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHELL_SCRIPTS = sorted(p.relative_to(ROOT) for p in ROOT.glob("launch/*.sh"))
 COMMANDS = [*SHELL_SCRIPTS, *map(ROOT.joinpath, ("launch/tpu_gke.py",))]
@@ -258,6 +260,8 @@ def test_tpu_pod_remote_command_saves_when_the_connection_goes(shell):
 
 # --- tpu_gke.py ---
 
+STOPPED = ["--exit_code_when_stopped", "75"]
+
 
 def gke(shell, *flags, code=0):
     script = ROOT / "launch/tpu_gke.py"
@@ -274,8 +278,25 @@ def test_gke_one_host_is_a_plain_job(shell):
         "cloud.google.com/gke-tpu-topology": "2x2",
     }
     [container] = pod["containers"]
-    assert container["command"] == ["qwen-jax", *RUN]
+    assert container["command"] == ["qwen-jax", *RUN, *STOPPED]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod["restartPolicy"] == "Never"  # as podFailurePolicy wants it
+    assert job["spec"]["podFailurePolicy"] == disruptions("Ignore", container)
+
+
+def disruptions(action, container):
+    """The rules for a run that was told to stop and for a pod that was taken away."""
+    code = int(STOPPED[1])
+    name = container["name"]
+    exits = {"containerName": name, "operator": "In", "values": [code]}
+    # status: a JobSet without it is refused by the cluster
+    taken = [{"type": "DisruptionTarget", "status": "True"}]
+    return {
+        "rules": [
+            {"action": action, "onExitCodes": exits},
+            {"action": action, "onPodConditions": taken},
+        ]
+    }
 
 
 @pytest.mark.parametrize(
@@ -296,7 +317,26 @@ def test_gke_several_hosts_are_a_jobset(shell, topology, more, hosts, chips):
     assert (job["parallelism"], job["completions"]) == (hosts, hosts)
     [container] = job["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["google.com/tpu"] == chips
-    assert container["command"] == ["qwen-jax", *RUN, "--distributed"]
+    assert container["command"] == ["qwen-jax", *RUN, *STOPPED, "--distributed"]
+    # A new pod alone could not join the others: the Job fails, all start again, and
+    # the JobSet does not count it.
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    assert job["podFailurePolicy"] == disruptions("FailJob", container)
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 10
+    [rule] = policy["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+
+
+def test_gke_asks_for_an_exit_code_only_where_the_command_has_one(shell):
+    script = [sys.executable, ROOT / "launch/tpu_gke.py", "--image", "i", "--dry_run"]
+    done = shell(*script, "--topology", "v6e:2x2", "--", "doctor")
+    job = yaml.safe_load(done.stdout)
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["qwen-jax", "doctor"]
+    words = cli.parser().parse_args([*RUN, *STOPPED])  # where it has one, it is known
+    assert words.exit_code_when_stopped == int(STOPPED[1]) != 0
 
 
 @pytest.mark.parametrize(
