@@ -132,6 +132,7 @@ def test_slurm_job_file_asks_for_what_was_said(shell):
         "--job-name=n",
         "--nodes=4",
         "--ntasks-per-node=2",
+        "--cpus-per-task=8",
         "--gpus-per-node=2",
         "--time=1:00:00",
         "--signal=B:USR1@120",
@@ -149,10 +150,30 @@ def test_slurm_job_file_asks_for_what_was_said(shell):
     assert "export JAX_LOCAL_DEVICE_IDS=0,1\n" in by_node
 
 
+@pytest.mark.parametrize(
+    ("flags", "cores"),
+    [
+        ([], "8"),
+        (["--per", "node"], "64"),
+        (["--cpus_per_task", 12], "12"),
+        (["--cpus_per_task", 0, "--per", "node"], None),
+    ],
+)
+def test_slurm_gives_a_process_cores_twice_over(shell, flags, cores):
+    """In the job and to srun, which since 22.05 does not take it over from the job."""
+    job = slurm_job(shell, *flags)
+    asked = re.findall(r"^#SBATCH --cpus-per-task=(.*)$", job, re.M)
+    [srun] = re.findall(r"^srun (.*)$", job, re.M)
+    given = re.findall(r"--cpus-per-task=(\S+)(?= .*qwen-jax)", srun)
+    assert asked == given == ([cores] if cores else [])
+
+
 def test_slurm_refuses_a_wrong_count(shell):
     script = ROOT / "launch/gpu_slurm.sh"
     done = shell(script, "--nodes", "two", "--dry_run", "--", *RUN, code=2)
     assert "--nodes two" in done.stderr
+    done = shell(script, "--cpus_per_task", "all", "--dry_run", "--", *RUN, code=2)
+    assert "--cpus_per_task all" in done.stderr
 
 
 def test_slurm_submits_the_file_it_shows(shell):
