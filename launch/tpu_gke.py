@@ -18,6 +18,9 @@ A pod that is drained or preempted saves and ends with exit code 75: Kubernetes 
 take 0 for a finished run. It is started again and goes on; that is not counted towards
 --max_restarts, which is for runs that fail. `kubectl delete` ends a run for good.
 
+Several slices train as one run and lie along mesh.data, which is then a multiple of
+--slices; `qwen-jax run --dry_run --topology v6e:16x16 --slices 2` tells what it takes.
+
 Units: a topology is chips, as in `qwen-jax run --topology`; a host holds 4 of them, or
 all of a slice of up to 8 where such machines exist (v5e and v6e; --chips_per_host 4 for
 a 2x4 slice of two hosts). Source: Google's tables of TPU machine types.

@@ -100,6 +100,7 @@ def _add_run(verbs: Any) -> None:
         metavar="NAME",
         help="with --dry_run: a TPU slice that need not be here, such as v6e:4x4",
     )
+    add("--slices", type=int, default=1, metavar="N", help="with --topology: N of them")
     add("--json", default="", metavar="FILE", help="with --dry_run: write the numbers")
     add("--distributed", action="store_true", help="join the processes of this job")
     add("--coordinator", default="", metavar="HOST:PORT", help="process 0's address")

@@ -55,6 +55,7 @@ class Options:
     takeover: bool = False
     dry_run: bool = False
     topology: str = ""
+    slices: int = 1
     json: str = ""
     coordinator: str = ""
     num_processes: int = 0
