@@ -5,6 +5,8 @@
 #   --nodes N          nodes (1)
 #   --gpus_per_node G  GPUs of each node (8)
 #   --per gpu|node     one process per GPU, or one per node that drives all its GPUs (gpu)
+#   --cpus_per_task C  cores of each process (8 for each GPU it drives; 0: as the cluster
+#                      gives them, which may be a single one)
 #   --time T           wall-clock limit of one stretch (24:00:00)
 #   --grace_s S        seconds between the warning and the limit (120)
 #   --name NAME        job name (qwen_jax)
@@ -28,14 +30,14 @@ fail() {
     echo "error: $*; see $0 --help" >&2
     exit 2
 }
-nodes=1 gpus_per_node=8 per=gpu time=24:00:00 grace_s=120 name=qwen_jax
+nodes=1 gpus_per_node=8 per=gpu cpus_per_task="" time=24:00:00 grace_s=120 name=qwen_jax
 log_dir=runs/slurm partition="" account="" dry_run="" more=()
 while (($#)); do
     case "$1" in
     -h | --help) usage && exit 0 ;;
     --dry_run) dry_run=yes ;;
-    --nodes | --gpus_per_node | --per | --time | --grace_s | --name | --log_dir | \
-        --partition | --account | --sbatch)
+    --nodes | --gpus_per_node | --per | --cpus_per_task | --time | --grace_s | --name | \
+        --log_dir | --partition | --account | --sbatch)
         (($# >= 2)) || fail "$1 needs a value"
         if [[ "$1" == --sbatch ]]; then more+=("$2"); else printf -v "${1#--}" '%s' "$2"; fi
         shift
@@ -49,6 +51,8 @@ done
 for count in nodes gpus_per_node grace_s; do
     [[ "${!count}" =~ ^[1-9][0-9]*$ ]] || fail "--$count ${!count}: wanted a number from 1"
 done
+[[ "$cpus_per_task" =~ ^(0|[1-9][0-9]*)?$ ]] ||
+    fail "--cpus_per_task $cpus_per_task: wanted a number from 1, or 0 for the cluster's"
 [[ "$per" == gpu || "$per" == node ]] || fail "--per $per: wanted gpu or node"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -58,6 +62,8 @@ if [[ "$per" == node ]]; then
     tasks=1
     devices="export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus_per_node - 1)))"
 fi
+cores="${cpus_per_task:-$((8 * gpus_per_node / tasks))}"
+if ((cores)); then cores="--cpus-per-task=$cores"; else cores=""; fi
 printf -v command '%q ' "${VENV:-.venv}/bin/qwen-jax" "$@" --distributed
 
 job_file() {
@@ -65,6 +71,7 @@ job_file() {
     echo "#SBATCH --job-name=$name"
     echo "#SBATCH --nodes=$nodes"
     echo "#SBATCH --ntasks-per-node=$tasks"
+    [[ -z "$cores" ]] || echo "#SBATCH $cores"
     echo "#SBATCH --gpus-per-node=$gpus_per_node"
     echo "#SBATCH --time=$time"
     echo "#SBATCH --signal=B:USR1@$grace_s"
@@ -86,7 +93,8 @@ limit_near=""
 trap 'limit_near=yes; scancel --signal=TERM "\$SLURM_JOB_ID"' USR1
 trap : TERM # Slurm told the processes, too; a second SIGTERM would end them unsaved
 
-srun --kill-on-bad-exit=1 ${command% } &
+# --cpus-per-task again: since Slurm 22.05 srun does not take it over from the job.
+srun --kill-on-bad-exit=1 ${cores:+$cores }${command% } &
 step=\$!
 code=0
 wait "\$step" || code=\$?

@@ -43,7 +43,8 @@ else
         fi
     done
     [[ -n "$python" ]] || fail "found no Python of 3.11 or later with the venv module;" \
-        "install one (on Debian: apt-get install python3 python3-venv) or name it:" \
+        "install one (from Debian 12 or Ubuntu 24.04 on: apt-get install python3" \
+        "python3-venv) or name it:" \
         "PYTHON=/path/to/python3.12 $0"
 fi
 version="$(usable "$python")"

@@ -14,6 +14,13 @@ The image is built from launch/gke/Dockerfile. The claim is a volume that all po
 at /runs (a bucket or a file store), so `--workdir` must be below /runs. With several
 hosts the run gets `--distributed`: the pods find each other from what GKE tells them.
 
+A pod that is drained or preempted saves and ends with exit code 75: Kubernetes would
+take 0 for a finished run. It is started again and goes on; that is not counted towards
+--max_restarts, which is for runs that fail. `kubectl delete` ends a run for good.
+
+Several slices train as one run and lie along mesh.data, which is then a multiple of
+--slices; `qwen-jax run --dry_run --topology v6e:16x16 --slices 2` tells what it takes.
+
 Units: a topology is chips, as in `qwen-jax run --topology`; a host holds 4 of them, or
 all of a slice of up to 8 where such machines exist (v5e and v6e; --chips_per_host 4 for
 a 2x4 slice of two hosts). Source: Google's tables of TPU machine types.
@@ -39,6 +46,7 @@ GENERATIONS = {
     "v5p": ("tpu-v5p-slice", 3, 4),
     "v6e": ("tpu-v6e-slice", 2, 8),
 }
+STOPPED_CODE = 75  # EX_TEMPFAIL of sysexits.h: to be tried again later
 
 
 class UsageError(ValueError):
@@ -91,6 +99,9 @@ def render(options: argparse.Namespace) -> str:
             f"--workdir {workdir}: wanted a folder below /runs, where the claim "
             f"{options.claim!r} is mounted; anything else is lost with the pod"
         )
+    command = ["qwen-jax", *options.arguments]
+    if options.arguments[0] == "run":
+        command += ["--exit_code_when_stopped", str(STOPPED_CODE)]
     several = shape["hosts"] * options.slices > 1
     template = TEMPLATES / ("jobset.yaml" if several else "job.yaml")
     values = {
@@ -100,7 +111,8 @@ def render(options: argparse.Namespace) -> str:
         "claim": options.claim,
         "slices": options.slices,
         "max_restarts": options.max_restarts,
-        "command": ["qwen-jax", *options.arguments] + ["--distributed"] * several,
+        "stopped_code": STOPPED_CODE,
+        "command": command + ["--distributed"] * several,
         **shape,
     }
     text = template.read_text()
@@ -130,7 +142,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", default="qwen-jax", help="name of the job")
     parser.add_argument("--namespace", default="default")
     parser.add_argument("--claim", default="runs", help="volume claim mounted at /runs")
-    parser.add_argument("--max_restarts", type=int, default=10)
+    parser.add_argument(
+        "--max_restarts", type=int, default=10, help="after failures; see above"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the file only")
     parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENTS")
     return parser.parse_args(argv)

@@ -6,6 +6,7 @@
 #   --create TYPE     make the slice first, for example v6e-64 (see --version)
 #   --version V       runtime version for --create (v2-alpha-tpuv6e)
 #   --spot            with --create: a preemptible slice
+#   --python P        Python of the hosts, 3.11 or later (the first that is found there)
 #   --no_install      the hosts hold this very code and .venv already
 #   --dry_run         print the commands, run nothing
 #
@@ -13,10 +14,14 @@
 #              --config experiments/pretrain/qwen3_8b.py --workdir /mnt/runs/a
 #
 # Steps: make the slice; copy the tracked files of this repository to each host; install
-# there with the extra `tpu`; start the same command on all hosts, which find each other
-# from the TPU's own metadata (--distributed). The run folder must be one that all hosts
-# see (a mounted bucket or NFS). Ctrl-C here ends the connection; on every host the run
-# then gets SIGTERM, saves and ends. Run it again to go on.
+# there with the extras tpu, parquet and gcs; start the same command on all hosts, which
+# find each other from the TPU's own metadata (--distributed). The run folder must be one
+# that all hosts see (a mounted bucket or NFS). Ctrl-C here, or the end of this script or
+# of the network between, ends the connection; on every host the run then gets SIGTERM,
+# saves and ends (launch/tpu_host.sh). Run it again to go on.
+#
+# Runtimes on Ubuntu 22.04, such as v2-alpha-tpuv6e, have Python 3.10 only: the script
+# stops there with the command that adds a later one on all hosts.
 set -euo pipefail
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
@@ -24,14 +29,15 @@ fail() {
     echo "error: $*; see $0 --help" >&2
     exit 2
 }
-name="" zone="" project="" create="" version=v2-alpha-tpuv6e spot="" install=yes dry_run=""
+name="" zone="" project="" create="" version=v2-alpha-tpuv6e python=""
+spot="" install=yes dry_run=""
 while (($#)); do
     case "$1" in
     -h | --help) usage && exit 0 ;;
     --dry_run) dry_run=yes ;;
     --spot) spot=yes ;;
     --no_install) install="" ;;
-    --name | --zone | --project | --create | --version)
+    --name | --zone | --project | --create | --version | --python)
         (($# >= 2)) || fail "$1 needs a value"
         printf -v "${1#--}" '%s' "$2"
         shift
@@ -60,6 +66,17 @@ on_all_hosts() {
     step gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$1"
 }
 
+no_install() {
+    local add="sudo add-apt-repository --yes ppa:deadsnakes/ppa"
+    add+=" && sudo apt-get install --yes python3.12-venv"
+    cat >&2 <<WHY
+error: installing on the hosts failed (see above). Where they have no Python of 3.11 or
+later, name one that is there with --python, or give them one and run this again:
+  gcloud compute tpus tpu-vm ssh $name ${place[*]} --worker=all --command='$add'
+WHY
+    exit 2
+}
+
 if [[ -n "$create" ]]; then
     step gcloud compute tpus tpu-vm create "$name" "${place[@]}" \
         --accelerator-type="$create" --version="$version" ${spot:+--spot}
@@ -69,16 +86,27 @@ if [[ -n "$install" ]]; then
     step git archive --format=tar.gz --prefix=qwen_jax/ --output="$archive" HEAD
     step gcloud compute tpus tpu-vm scp "$archive" "$name:qwen_jax.tar.gz" \
         "${place[@]}" --worker=all
-    on_all_hosts "tar -xzf qwen_jax.tar.gz && qwen_jax/launch/install.sh tpu"
+    # VENV: where the command below looks, whichever Python is named.
+    with="${python:+VENV=.venv PYTHON=$(printf %q "$python") }"
+    install="${with}qwen_jax/launch/install.sh tpu,parquet,gcs"
+    on_all_hosts "tar -xzf qwen_jax.tar.gz && $install" || no_install
 fi
 
-# The wrapper turns the loss of the connection into the SIGTERM that saves.
-printf -v command '%q ' .venv/bin/qwen-jax "$@" --distributed
-on_all_hosts "cd qwen_jax && { trap 'kill -TERM \$run' HUP INT TERM; ${command% } & run=\$!; wait \$run || wait \$run; }"
+# A run lasts as long as the connection's input, so that must be one that has no end of
+# its own: this script's may be closed, or a terminal, which 64 ssh would read together.
+# Only this script holds the end that is written, so the input ends with it, too.
+pipe="$(mktemp -d)"
+mkfifo "$pipe/in"
+exec 8<>"$pipe/in" 9<"$pipe/in"
+rm -r "$pipe"
+id="$(date +%Y%m%d-%H%M%S)-$$"
+printf -v command '%q ' launch/tpu_host.sh "$id" .venv/bin/qwen-jax "$@" --distributed
+on_all_hosts "cd qwen_jax && exec ${command% }" <&9 8>&- 9<&-
 
 cat <<TIPS
 next:
-  again, without copying:  $0 --no_install --name $name --zone $zone -- ${*@Q}
+  the log of a host:       ~/qwen_jax/runs/tpu/$id.log
+  again, without copying:  $0 --no_install --name $name --zone $zone ${project:+--project $project }-- ${*@Q}
   look at one host:        gcloud compute tpus tpu-vm ssh $name ${place[*]} --worker=0
   delete the slice:        gcloud compute tpus tpu-vm delete $name ${place[*]}
 TIPS

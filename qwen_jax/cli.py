@@ -5,8 +5,9 @@ Nothing heavy is imported here, so `--help` answers at once. A user's mistake is
 as one line that starts with "error:" and ends with exit code 2; a bad verb, flag or key
 comes with the nearest name. `--config.KEY=VALUE` sets any field of an experiment.
 
-Exit codes: 0 done (also when a signal asked for a stop and the state was saved), 1 the
-work failed, 2 a mistake of the user's, 130 interrupted where there is nothing to save.
+Exit codes: 0 done (also when a signal asked for a stop and the state was saved, unless
+--exit_code_when_stopped names another), 1 the work failed, 2 a mistake of the user's,
+130 interrupted where there is nothing to save.
 """
 
 import argparse
@@ -99,11 +100,20 @@ def _add_run(verbs: Any) -> None:
         metavar="NAME",
         help="with --dry_run: a TPU slice that need not be here, such as v6e:4x4",
     )
+    add("--slices", type=int, default=1, metavar="N", help="with --topology: N of them")
     add("--json", default="", metavar="FILE", help="with --dry_run: write the numbers")
     add("--distributed", action="store_true", help="join the processes of this job")
     add("--coordinator", default="", metavar="HOST:PORT", help="process 0's address")
     add("--num_processes", type=int, default=0, metavar="N")
     add("--process_id", type=int, default=-1, metavar="I")
+    add(
+        "--exit_code_when_stopped",
+        type=int,
+        default=0,
+        metavar="N",
+        help="end with N when a signal stopped the run before its end, for schedulers "
+        "that take 0 for finished (default: 0)",
+    )
     add("--quiet", action="store_true", help="print warnings and errors only")
 
 

@@ -3,7 +3,8 @@
 
 `measure` compiles the very step of the run for shapes alone and gives the numbers,
 `render` prints them, `main` does both and refuses what does not fit. With `--topology
-v6e:4x4` the step is compiled for a TPU slice that is not there.
+v6e:4x4` the step is compiled for a TPU slice that is not there, with `--slices 2` for
+two of them.
 
 Nothing is trained or allocated, no corpus is opened, nothing is written but --json
 FILE: the Report as JSON. The compiler's numbers stand beside estimates from shapes (see
@@ -97,9 +98,18 @@ def main(exp: experiment.Experiment, options: Any) -> int:
     Raises:
       config.InputError: it does not fit (after everything was printed), or cannot be.
     """
-    devices = topology.devices(options.topology) if options.topology else None
+    devices, slice_name = None, options.topology
+    if slice_name:
+        devices = topology.devices(slice_name, options.slices)
+    if options.slices > 1:
+        if devices is None:
+            raise config.InputError(
+                f"--slices {options.slices}: of which TPU slice? Add --topology NAME, "
+                "such as v6e:4x4"
+            )
+        slice_name = f"{options.slices} x {slice_name}"
     try:
-        report = measure(exp, devices, name=options.config, slice_name=options.topology)
+        report = measure(exp, devices, name=options.config, slice_name=slice_name)
     except config.InputError as error:
         if devices is None and jax.default_backend() == "cpu":
             raise config.InputError(

@@ -55,11 +55,13 @@ class Options:
     takeover: bool = False
     dry_run: bool = False
     topology: str = ""
+    slices: int = 1
     json: str = ""
     coordinator: str = ""
     num_processes: int = 0
     process_id: int = -1
     distributed: bool = False
+    exit_code_when_stopped: int = 0
     quiet: bool = False
 
 
@@ -105,8 +107,14 @@ def run(options: Options) -> int:
     """Train as the experiment file says; resume when the folder has checkpoints.
 
     Returns:
-      Exit code: 0 also when a signal asked for a stop and the state was saved.
+      Exit code: `exit_code_when_stopped` when a signal asked for a stop and the state
+      was saved; 0 when all steps are made.
     """
+    if not 0 <= options.exit_code_when_stopped <= 255:
+        raise config.InputError(
+            f"--exit_code_when_stopped {options.exit_code_when_stopped}: wanted a "
+            "number from 0 to 255, such as 75"
+        )
     exp = experiment.resolve(options.config, list(options.overrides), options.data)
     if options.dry_run:
         from qwen_jax import dryrun
@@ -166,7 +174,7 @@ def _nothing_to_save(held: lock.Lock | None, options: Options) -> Callable[[str]
             held.release()
         if jax.process_index() == 0:
             print(f"{reason}: nothing new to save; {_go_on(options)}", flush=True)
-        signals.leave(0)
+        signals.leave(options.exit_code_when_stopped)
 
     return leave
 
@@ -259,9 +267,10 @@ def _train(
             part.write_run_json(resolved, sources)
         made = part.train(now, place, compiling.result(), meta)
     checkpoints.close()
-    if made == setup.derivation.num_steps:
-        say(f"finished {made} steps; run folder: {workdir}")
-        say(next_commands(options, workdir, exp))
+    if made < setup.derivation.num_steps:
+        return options.exit_code_when_stopped
+    say(f"finished {made} steps; run folder: {workdir}")
+    say(next_commands(options, workdir, exp))
     return 0
 
 

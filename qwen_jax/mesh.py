@@ -11,9 +11,13 @@ written in the code. All of them go through this file (`einsum`, `gather`, `resh
 `take`, `local`), which is where a sharding error is looked for. With no mesh set (a
 notebook, one device) each op is its plain twin.
 
+TPU slices that train together share only a slow network: they lie along `data`, whole,
+so that what crosses it is the sum of gradients.
+
 Units: `MeshConfig` sizes are counts of devices; -1 (one axis at most) takes the rest.
-Raises: config.InputError for sizes that do not multiply to the devices at hand and for
-rules that lay two dims of one array on one axis.
+Raises: config.InputError for sizes that do not multiply to the devices at hand, for
+slices that do not divide `data`, and for rules that lay two dims of one array on one
+axis.
 """
 
 import dataclasses
@@ -64,7 +68,8 @@ def make(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all), Explicit axes ("data", "fsdp", "tensor").
 
     Raises:
-      config.InputError: when the sizes need more or fewer devices than there are.
+      config.InputError: when the sizes need more or fewer devices than there are, or
+        `data` is no multiple of the TPU slices that the devices belong to.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh.sizes(len(devices))
@@ -74,14 +79,30 @@ def make(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"devices, {len(devices)} are here; set one of --config.mesh.data, .fsdp, "
             ".tensor to -1 to take the rest"
         )
-    types = (AxisType.Explicit,) * len(AXES)
     try:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+        array = _arranged(sizes, devices)
     except NotImplementedError:  # no axes of the TPU's torus multiply to these sizes
-        split = mesh_utils.create_device_mesh(
-            sizes, devices, allow_split_physical_axes=True
+        array = _arranged(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _arranged(sizes: tuple[int, int, int], devices: list[Any], **split: bool) -> Any:
+    """`devices` as an array of `sizes`, neighbours in the network side by side."""
+    # The devices of a GPU run tell of slices, too, one for each host. Those may split
+    # weights between them, and the order of devices keeps hosts together.
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if on_tpu else 1
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, **split)
+    if sizes[0] % slices:
+        raise config.InputError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))}: data must be a multiple of "
+            f"the {slices} TPU slices, between which the network is slow; set "
+            "--config.mesh.data=-1 and let fsdp x tensor divide the "
+            f"{len(devices) // slices} devices of one slice"
         )
-        return Mesh(split, AXES, axis_types=types)
+    inner = (sizes[0] // slices, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, **split)
 
 
 Axes = str | tuple[str, ...] | None

@@ -6,13 +6,14 @@ import functools
 import importlib.util
 import json
 import math
+import re
 
 import jax
 import pytest
 
-from qwen_jax import cli, config, dryrun, experiment, mesh, prepare
+from qwen_jax import cli, config, dryrun, experiment, main, mesh, prepare
 from qwen_jax.models import flops
-from qwen_jax.plan import chips, topology
+from qwen_jax.plan import chips, collectives, topology
 from tests import runs
 
 ROOT = runs.ROOT / "experiments" / "pretrain"
@@ -132,7 +133,7 @@ def test_what_does_not_fit_is_refused_with_a_change_that_does(share, monkeypatch
     exp = tiny(**changes)
     needed = dryrun.measure(exp).needed_bytes
     monkeypatch.setattr(chips, "memory_bytes", lambda device: int(share * needed))
-    options = type("Options", (), {"config": "tiny.py", "topology": "", "json": ""})
+    options = main.Options(config="tiny.py")
     with pytest.raises(config.InputError, match="does not fit: needs") as error:
         dryrun.main(exp, options)
     flags = [word for word in str(error.value).split() if word.startswith("--config.")]
@@ -183,6 +184,29 @@ def test_meshes_that_split_an_axis_of_the_torus(sizes):
     made = mesh.make(mesh.MeshConfig(*sizes), devices)
     assert tuple(made.shape.values()) == sizes
     assert {d.id for d in made.devices.flat} == {d.id for d in devices}
+
+
+@needs_libtpu
+def test_only_sums_of_gradients_cross_between_slices(capsys):
+    """A job of two slices, from the command line to what its compiled step sends."""
+    words = ["run", f"--config={runs.EXPERIMENT}:adamw", "--dry_run", "--slices=2"]
+    assert cli.main([*words, "--config.mesh.fsdp=4"]) == 2
+    assert "--slices 2: of which TPU slice?" in capsys.readouterr().err
+    assert cli.main([*words, "--topology=v6e:2x2", "--config.mesh.fsdp=8"]) == 2
+    assert "data must be a multiple of the 2 TPU slices" in capsys.readouterr().err
+
+    devices = topology.devices("v6e:2x2", 2)
+    assert [d.slice_index for d in devices] == [0] * 4 + [1] * 4
+    exp, setup = prepare.set_up(tiny(mesh__fsdp=4), devices)
+    text = prepare.compile_step(setup).as_text()
+    kinds = re.findall('_xla_megascale_transfer_type="([A-Z_]+)"', text)
+    assert kinds and set(kinds) == {"ALL_REDUCE"}
+    # Each chip's quarter of the gradients crosses once, in bfloat16 or float32; the TPU
+    # pads arrays as small as these.
+    traffic, at_least = collectives.traffic(text, 8)
+    [between] = [one for one in traffic if one.kind == "between slices"]
+    quarter = flops.num_params(exp.model) / 4
+    assert not at_least and 2 * quarter < between.bytes < 1.5 * 4 * quarter
 
 
 def published(name, layers=0):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes and rules of a mesh are checked; every op on it equals its plain twin."""
 
+import dataclasses
+import itertools
 import math
 
 import jax
@@ -86,6 +88,73 @@ def test_sizes_that_do_not_fit_are_told_with_the_fix(sizes, told):
     with pytest.raises(config.InputError) as caught:
         mesh.make(mesh.MeshConfig(*sizes))
     assert told in str(caught.value)
+
+
+# --- slices ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh is made from: a device that is not there."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    process_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    core_on_chip: int = 0
+
+
+def chips(slices, shape, **more):
+    """Chips of `slices` slices of `shape`, one process each, in no useful order."""
+    places = list(itertools.product(*map(range, shape)))
+    found = [
+        Chip(1000 * s + i, s, place, s, **more)
+        for s in range(slices)
+        for i, place in enumerate(places)
+    ]
+    return found[::2] + found[1::2]
+
+
+@pytest.mark.parametrize(
+    ("slices", "shape", "sizes"),
+    [
+        (2, (2, 2, 1), (-1, 2, 1)),
+        (2, (2, 2, 1), (2, 2, 2)),
+        (2, (2, 2, 1), (8, 1, 1)),
+        (3, (2, 2, 2), (6, 2, 2)),
+        (2, (4, 4, 1), (2, 8, 2)),  # splits an axis of each slice's torus
+    ],
+)
+def test_slices_follow_one_another_along_data(slices, shape, sizes):
+    devices = chips(slices, shape)
+    made = mesh.make(mesh.MeshConfig(*sizes), devices)
+    assert set(made.axis_types) == {jax.sharding.AxisType.Explicit}
+    assert {d.id for d in made.devices.flat} == {d.id for d in devices}
+    for index, block in enumerate(np.split(made.devices, slices)):
+        one = [d for d in devices if d.slice_index == index]
+        alone = mesh.make(mesh.MeshConfig(*block.shape), one)  # as it would be alone
+        np.testing.assert_array_equal(block, alone.devices)
+
+
+@pytest.mark.parametrize(
+    ("slices", "sizes"),
+    [(2, (1, 8, 1)), (2, (-1, 4, 2)), (3, (2, 6, 1)), (4, (2, 2, 4))],
+)
+def test_slices_that_do_not_divide_data_are_told_with_the_fix(slices, sizes):
+    with pytest.raises(config.InputError) as caught:
+        mesh.make(mesh.MeshConfig(*sizes), chips(slices, (2, 2, 1)))
+    told = str(caught.value)
+    assert f"data must be a multiple of the {slices} TPU slices" in told
+    assert "--config.mesh.data=-1" in told and "the 4 devices of one slice" in told
+
+
+def test_hosts_of_gpus_may_split_weights_between_them():
+    """They tell of slices, too: one for each host."""
+    devices = chips(2, (4, 1, 1), platform="gpu", device_kind="NVIDIA H100")
+    made = mesh.make(mesh.MeshConfig(1, 8, 1), devices)
+    assert [d.slice_index for d in made.devices.flat] == [0] * 4 + [1] * 4
 
 
 # --- rules ---

@@ -148,6 +148,7 @@ def test_heads_that_the_tensor_axis_does_not_divide(refused, workdir, data):
         (f"--config={runs.EXPERIMENT.parent}/tinny.py", "did you mean 'tiny.py'?"),
         ("--config=nowhere/x.py", "experiment file 'nowhere/x.py' does not exist"),
         (f"--config={runs.ROOT}/setup.cfg", "setup.cfg: it is not a Python file"),
+        ("--exit_code_when_stopped=256", "_stopped 256: wanted a number from 0 to 255"),
         ("--data=/nowhere/corpus", "data path '/nowhere/corpus' does not exist"),
         ("--workdir=", "--workdir is needed: the folder of this run"),
         ("--config.train.init_from=/nowhere", "model folder '/nowhere' does not exist"),

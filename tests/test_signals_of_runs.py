@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and Ctrl-C to a whole run: saved, exit code 0, goes on as if unbroken."""
+"""SIGTERM and Ctrl-C to a whole run: saved, exit code 0 or the one that was asked for,
+goes on as if unbroken."""
 
 import pathlib
 import shlex
@@ -69,12 +70,15 @@ def printed_command(out):
 def test_stopped_twice_and_gone_on_a_run_equals_an_unbroken_one(data, tmp_path, start):
     words = runs.words(tmp_path / "run", data, *LEAN, arg="adamw")
     made = 0
-    for number in (signal.SIGTERM, signal.SIGINT):
-        process = start(words)
+    for number, more, wanted in (
+        (signal.SIGTERM, ["--exit_code_when_stopped=75"], 75),
+        (signal.SIGINT, [], 0),
+    ):
+        process = start([*words, *more])
         enough = made + 20
         wait_until(process, lambda n=enough: len(steps(tmp_path / "run")) > n)
         seconds, code, out, err = stop(process, number)
-        assert code == 0, err
+        assert code == wanted, err
         assert seconds < 30 and "Traceback" not in err
         name = signal.Signals(number).name
         assert f"{name}: stopping after this step and saving" in err
@@ -86,8 +90,9 @@ def test_stopped_twice_and_gone_on_a_run_equals_an_unbroken_one(data, tmp_path, 
         assert runs.finished(tmp_path / "run")[-1] == made < 2000
         assert runs.events(tmp_path / "run")[-1]["reason"] == name
         words = printed_command(out)
+        assert "--exit_code_when_stopped" not in " ".join(words)
     last = [f"--config.train.num_steps={made + 5}"]
-    runs.run_ok([*words, *last])
+    runs.run_ok([*words, *last, "--exit_code_when_stopped=75"])  # it is not: it ends
     whole = runs.words(tmp_path / "whole", data, *LEAN, arg="adamw")
     runs.run_ok([*whole, *last])
     assert runs.steps_made(tmp_path / "run") == runs.steps_made(tmp_path / "whole")
@@ -95,23 +100,44 @@ def test_stopped_twice_and_gone_on_a_run_equals_an_unbroken_one(data, tmp_path, 
     assert kinds == ["start", "stop", "resume", "stop", "resume", "stop"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "more", "wanted"),
+    [
+        (signal.SIGTERM, ["--exit_code_when_stopped=75"], 75),
+        (signal.SIGINT, [], 0),
+    ],
+)
 def test_a_signal_while_it_compiles_ends_at_once_and_tidily(
-    number, data, tmp_path, start
+    number, more, wanted, data, tmp_path, start
 ):
     """No compile cache, 64 layers written out: compiling takes a minute."""
     slow = ["--config.train.loop=unroll", "--config.model.num_layers=64"]
     workdir = tmp_path / "run"
     words = runs.words(workdir, data, *LEAN, *slow, arg="adamw")
-    process = start(words, JAX_COMPILATION_CACHE_DIR="")
+    process = start([*words, *more], JAX_COMPILATION_CACHE_DIR="")
     wait_until(process, (workdir / "tokenizer" / "tokenizer_config.json").is_file)
     seconds, code, out, err = stop(process, number)
-    assert code == 0, err
+    assert code == wanted, err
     assert seconds < 5 and "Traceback" not in err
     assert "nothing new to save" in out
     assert printed_command(out)[0] == "run"
     assert not runs.finished(workdir) and not steps(workdir)
     assert (workdir / "run.lock").read_text() == ""
+
+
+def test_both_processes_of_a_run_end_with_the_code_that_was_asked_for(data, tmp_path):
+    words = runs.words(
+        tmp_path, data, *LEAN, "--exit_code_when_stopped=75", arg="adamw"
+    )
+    pair = runs.start_pair(words)
+    try:
+        wait_until(pair[1], lambda: len(steps(tmp_path)) > 5)
+        pair[1].send_signal(signal.SIGTERM)
+    finally:
+        ends = [runs.finish(process, timeout_s=60) for process in pair]
+    assert [code for code, _, _ in ends] == [75, 75], ends
+    assert "stopped by SIGTERM in process 1" in ends[0][1]
+    assert runs.finished(tmp_path) == [len(steps(tmp_path))]
 
 
 @pytest.mark.slow

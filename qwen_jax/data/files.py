@@ -192,7 +192,10 @@ def _open_store(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise config.InputError(f"cannot open {url!r}: {error}") from error
+        fix = ""
+        if isinstance(error, ImportError) and url.startswith(("gs://", "gcs://")):
+            fix = ": pip install 'qwen_jax[gcs]'"
+        raise config.InputError(f"cannot open {url!r}: {error}{fix}") from error
 
 
 def _unreadable(path: str, error: OSError) -> config.InputError:

@@ -10,7 +10,8 @@ bound.
 Units: bytes are what one device receives in a step over a ring of n devices: all-gather
 and reduce-scatter (n - 1) / n of the whole array, all-reduce twice that, all-to-all
 (n - 1) / n of its array, collective-permute its array. A group of one device, and an
-asynchronous `-done`, count nothing.
+asynchronous `-done`, count nothing. "between slices" is what comes from other TPU
+slices over the data center's network, after a collective inside the slice.
 Formats: TPU writes a reduce-scatter as a fusion that holds an all-reduce and a slice;
 it is counted as what it is.
 Raises: ValueError for a text without an ENTRY computation.
@@ -28,12 +29,18 @@ KINDS = (
     "all-to-all",
     "collective-permute",
 )
+BETWEEN = "between slices"
 _ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _OPERATION = re.compile(
     rf"^(?:ROOT )?%?([\w.\-]+) = (.+?) ({'|'.join(KINDS)}|ragged-all-to-all)"
     r"(-start)?\("
+)
+# The part of a collective that leaves the slice is a transfer through the host.
+_RECEIVED = re.compile(
+    r"^(?:ROOT )?%?[\w.\-]+ = \((\w+)\[([\d,]*)\].* recv\(.*"
+    r"_xla_host_transfer_handler_name=\"xla_megascale_runtime\""
 )
 _CALLED = re.compile(
     r"(?:body|calls|to_apply|condition|true_computation|false_computation)="
@@ -65,7 +72,7 @@ class _Collective:
 
 
 def traffic(hlo: str, num_devices: int) -> tuple[tuple[Traffic, ...], bool]:
-    """(traffic by kind in the order of KINDS, whether it is a lower bound).
+    """(traffic by kind, in the order of KINDS and BETWEEN; is it a lower bound).
 
     Args:
       hlo: `compiled.as_text()`.
@@ -79,7 +86,7 @@ def traffic(hlo: str, num_devices: int) -> tuple[tuple[Traffic, ...], bool]:
             found[one.kind].append((times[name], one))
     at_least = any(unknown[name] for name, inside in collectives_in.items() if inside)
     result = []
-    for kind in KINDS:
+    for kind in (*KINDS, BETWEEN):
         if kind not in found:
             continue
         largest = max((one for _, one in found[kind]), key=lambda one: one.bytes)
@@ -121,6 +128,12 @@ def _parse(hlo: str, num_devices: int):
             one = _collective(operation, line, num_devices)
             inside[here] += [one] if one else []
             continue  # its to_apply is an addition
+        received = _RECEIVED.match(line)
+        if received:
+            dtype, dims = received.groups()
+            size = int(_bytes(dtype, dims))
+            inside[here].append(_Collective(BETWEEN, size, f"{dtype}[{dims}]"))
+            continue
         trips = 1
         if " while(" in line:
             known = _TRIPS.search(line)

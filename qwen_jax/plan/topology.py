@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The devices of a TPU slice that is not there: libtpu compiles for it on any machine.
+"""The devices of TPU slices that are not there: libtpu compiles for them anywhere.
 
 Source: `jax.experimental.topologies`, through the libtpu that the extra `tpu` installs.
 Names are KIND:SHAPE, such as v5e:4x4, v6e:16x16, v5p:4x4x4, v4:2x2x4, tpu7x:2x2x2; the
-shape counts chips. A program compiled for such devices has its real memory, collectives
-and cost; nothing can be run on them.
+shape counts chips. Several slices of one name are joined by the data center's network.
+A program compiled for such devices has its real memory, collectives and cost; nothing
+can be run on them.
 
 Invariants: no TPU is looked for, no metadata server asked, no log file written: libtpu
 reads its variables once, when it is loaded, so they are set before that.
@@ -35,12 +36,14 @@ QUIET = {
 }
 
 
-def devices(name: str) -> list[Any]:
-    """The devices of the slice `name`, for `mesh.make` and `jit(...).lower`.
+def devices(name: str, slices: int = 1) -> list[Any]:
+    """The devices of `slices` slices `name`, for `mesh.make` and `jit(...).lower`.
 
     Raises:
       config.InputError: no libtpu, or no such slice.
     """
+    if slices < 1:
+        raise config.InputError(f"--slices {slices}: wanted a number from 1")
     if importlib.util.find_spec("libtpu") is None:
         raise config.InputError(
             f"--topology {name} needs libtpu, the TPU compiler, which is not "
@@ -53,7 +56,7 @@ def devices(name: str) -> list[Any]:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
-    more = {}
+    more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if name.startswith("v4:"):  # its two cores are one device, as on a real slice
         more["chip_config_name"] = "megacore"
     try:

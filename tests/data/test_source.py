@@ -442,6 +442,18 @@ def test_sources_of_a_resumed_run_keep_the_names_they_began_with(tmp_path):
     assert open_one.name == "texts"
 
 
+def test_a_store_whose_package_is_missing_is_told_with_its_extra(tmp_path, monkeypatch):
+    def missing(url):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    told = r"install gcsfs to access .*: pip install 'qwen_jax\[gcs\]'"
+    with pytest.raises(config.InputError, match=told):
+        opened("gs://bucket/texts", tmp_path)
+    with pytest.raises(config.InputError, match="Storage$"):
+        opened("other://bucket/texts", tmp_path)
+
+
 def test_mistakes_in_the_config(tmp_path):
     with pytest.raises(config.InputError, match=r"data.sources is empty"):
         source.open_sources(source.DataConfig())

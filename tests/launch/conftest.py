@@ -24,7 +24,8 @@ class Shell:
             "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
             "JAX_PLATFORMS": "cpu",
         }
-        for name in ("VENV", "PYTHON", "EXTRAS", "GLIBC_TUNABLES"):
+        ours = ("VENV", "PYTHON", "EXTRAS", "GLIBC_TUNABLES", "PYTHONUNBUFFERED")
+        for name in ours:
             self.env.pop(name, None)
 
     def stand_in(self, name: str, text: str) -> pathlib.Path:
@@ -37,12 +38,14 @@ class Shell:
         path.chmod(0o755)
         return path
 
-    def start(self, *command: object, cwd: pathlib.Path = ROOT, **env: str):
+    def start(
+        self, *command: object, cwd=ROOT, stdin: int = subprocess.DEVNULL, **env: str
+    ):
         return subprocess.Popen(
             [str(part) for part in command],
             cwd=cwd,
             env=self.env | env,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

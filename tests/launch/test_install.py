@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """install.sh over a stand-in Python: made once, made anew when half-made; core size."""
 
+import configparser
 import importlib.metadata
 import pathlib
+import re
 import shutil
 
 import pytest
@@ -212,12 +214,33 @@ def test_the_core_is_small():
     assert not heavy & core.keys()
 
 
+def pins() -> dict[str, str]:
+    """Name -> the version that constraints.txt pins (one of them)."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = [text for line in lines if (text := line.partition("#")[0].strip())]
+    found = map(requirements.Requirement, lines)
+    return {r.name.lower().replace("_", "-"): str(r.specifier) for r in found}
+
+
+def test_the_image_can_read_what_a_data_path_may_name():
+    """On TPUs, from buckets and parquet files, every package pinned."""
+    text = (ROOT / "launch/gke/Dockerfile").read_text()
+    install = re.search(r"^RUN pip install .* '\.\[(.*)\]'$", text, re.M)
+    assert "--constraint constraints.txt" in install[0]
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    extras = settings["options.extras_require"]
+    lines = [x for extra in install[1].split(",") for x in extras[extra].split("\n")]
+    wanted = [requirements.Requirement(line) for line in lines if line]
+    assert {"jax", "pyarrow", "gcsfs"} <= {r.name for r in wanted}
+    for requirement in wanted:
+        assert requirement.specifier.contains(pins()[requirement.name].strip("="))
+    # what gcsfs brings besides
+    assert {"google-cloud-storage-control", "google-auth-oauthlib"} <= pins().keys()
+
+
 def test_everything_that_is_asked_for_is_pinned():
-    pinned = {
-        requirements.Requirement(line.partition("#")[0]).name.lower().replace("_", "-")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if line.partition("#")[0].strip()
-    }
+    pinned = pins().keys()
     assert closure().keys() <= pinned
     asked = {
         requirement.name.lower().replace("_", "-")

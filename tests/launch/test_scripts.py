@@ -4,6 +4,8 @@
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import time
 
 import pytest
 import yaml
+
+from qwen_jax import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHELL_SCRIPTS = sorted(p.relative_to(ROOT) for p in ROOT.glob("launch/*.sh"))
@@ -128,6 +132,7 @@ def test_slurm_job_file_asks_for_what_was_said(shell):
         "--job-name=n",
         "--nodes=4",
         "--ntasks-per-node=2",
+        "--cpus-per-task=8",
         "--gpus-per-node=2",
         "--time=1:00:00",
         "--signal=B:USR1@120",
@@ -145,10 +150,30 @@ def test_slurm_job_file_asks_for_what_was_said(shell):
     assert "export JAX_LOCAL_DEVICE_IDS=0,1\n" in by_node
 
 
+@pytest.mark.parametrize(
+    ("flags", "cores"),
+    [
+        ([], "8"),
+        (["--per", "node"], "64"),
+        (["--cpus_per_task", 12], "12"),
+        (["--cpus_per_task", 0, "--per", "node"], None),
+    ],
+)
+def test_slurm_gives_a_process_cores_twice_over(shell, flags, cores):
+    """In the job and to srun, which since 22.05 does not take it over from the job."""
+    job = slurm_job(shell, *flags)
+    asked = re.findall(r"^#SBATCH --cpus-per-task=(.*)$", job, re.M)
+    [srun] = re.findall(r"^srun (.*)$", job, re.M)
+    given = re.findall(r"--cpus-per-task=(\S+)(?= .*qwen-jax)", srun)
+    assert asked == given == ([cores] if cores else [])
+
+
 def test_slurm_refuses_a_wrong_count(shell):
     script = ROOT / "launch/gpu_slurm.sh"
     done = shell(script, "--nodes", "two", "--dry_run", "--", *RUN, code=2)
     assert "--nodes two" in done.stderr
+    done = shell(script, "--cpus_per_task", "all", "--dry_run", "--", *RUN, code=2)
+    assert "--cpus_per_task all" in done.stderr
 
 
 def test_slurm_submits_the_file_it_shows(shell):
@@ -182,7 +207,9 @@ def run_slurm_job(shell, **env):
 
 
 def wait_for(path):
+    deadline_s = time.monotonic() + 60
     while not path.exists():
+        assert time.monotonic() < deadline_s, path
         time.sleep(0.02)
 
 
@@ -238,25 +265,109 @@ def test_tpu_pod_dry_run_is_what_a_run_would_call(shell):
     assert calls[4].startswith("compute tpus tpu-vm ssh pod --zone=z --worker=all")
 
 
-def test_tpu_pod_remote_command_saves_when_the_connection_goes(shell):
-    """The text given to ssh, run by a shell here, turns a hang-up into SIGTERM."""
-    shell.stand_in("gcloud", 'printf "%s" "${*: -1}" | sed "s/^--command=//" > "$SEEN"')
-    seen = shell.folder / "seen"
-    flags = ["--name", "pod", "--zone", "z", "--no_install", "--"]
-    shell(ROOT / "launch/tpu_pod.sh", *flags, "run", SEEN=str(seen))
+def test_tpu_pod_names_a_python_and_says_how_hosts_get_one(shell):
+    script = [ROOT / "launch/tpu_pod.sh", "--name", "pod", "--zone", "z"]
+    dry = shell(*script, "--python", "/opt/py thon", "--dry_run", "--", *RUN).stdout
+    # The folder stays the one from which the run is started.
+    [line] = [x for x in dry.splitlines() if "install.sh" in x]
+    [command] = [x for x in shlex.split(line) if x.startswith("--command=")]
+    installs = "VENV=.venv PYTHON=/opt/py\\ thon qwen_jax/launch/install.sh tpu,"
+    assert f"&& {installs}" in command
+    assert "PYTHON" not in shell(*script, "--dry_run", "--", *RUN).stdout
+    shell.stand_in("gcloud", '[[ "$*" != *install.sh* ]] || exit 2')
+    done = shell(*script, "--", *RUN, code=2)
+    assert "no Python of 3.11" in done.stderr and "--python" in done.stderr
+    assert re.search(r"ssh pod --zone=z --worker=all .*apt-get install", done.stderr)
+    assert "tpu_host.sh" not in done.stdout
+
+
+SAVES = f"""#!{sys.executable}
+import os, pathlib, signal, sys, time
+def save(*_):
+    print("told")
+    time.sleep(0.5)  # a second signal would be seen
+    print("saved")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+print("up", *sys.argv[1:])
+if "fail" in sys.argv:
+    sys.exit(9)
+pathlib.Path(os.environ["UP"]).touch()
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def host(shell):
+    """The home folder of a TPU host, with a run that saves on SIGTERM."""
     home = shell.folder / "home"
+    (home / "qwen_jax/launch").mkdir(parents=True)
+    shutil.copy(ROOT / "launch/tpu_host.sh", home / "qwen_jax/launch")
     shell.bin = home / "qwen_jax"
-    saves = SRUN.replace("echo killed; exit 143", "echo saved; exit 0")
-    shell.stand_in(".venv/bin/qwen-jax", saves)
-    up = home / "up"
-    process = shell.start("bash", "-c", seen.read_text(), cwd=home, UP=str(up))
-    wait_for(up)
+    shell.stand_in(".venv/bin/qwen-jax", SAVES)
+    shell.bin = shell.folder / "bin"
+    shell.env["UP"] = str(home / "up")
+    return home
+
+
+def test_tpu_pod_a_run_saves_when_this_end_is_gone(shell, host):
+    """gcloud stands in for ssh and a host: however this end ends, its input does."""
+    text = 'cd "$HOST" && exec bash -c "$(printf "%s" "${*: -1}" | cut -d= -f2-)"'
+    shell.stand_in("gcloud", text)
+    flags = ["--name", "pod", "--zone", "z", "--no_install", "--"]
+    script = ROOT / "launch/tpu_pod.sh"
+    process = shell.start(script, *flags, "run", HOST=str(host))  # input: /dev/null
+    wait_for(host / "up")
+    time.sleep(0.5)
+    [log] = (host / "qwen_jax/runs/tpu").iterdir()
+    assert log.read_text() == "up run --distributed\n"  # nobody told it to stop
+    process.kill()
+    out, _ = process.communicate(timeout=30)  # ends when the last writer has
+    assert out.splitlines()[1:] == ["up run --distributed", "told", "saved"]
+
+
+def tpu_host(shell, host, *words):
+    script = host / "qwen_jax/launch/tpu_host.sh"
+    words = ["a", ".venv/bin/qwen-jax", *words]
+    return shell.start(script, *words, stdin=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("signals", [[], [signal.SIGTERM], [signal.SIGINT] * 2])
+def test_tpu_host_tells_the_run_once_when_the_connection_ends(shell, host, signals):
+    process = tpu_host(shell, host, "run")
+    wait_for(host / "up")
+    # With a terminal there is a hang-up, too; a start that ignores it cannot hear it.
     process.send_signal(signal.SIGHUP)
-    out, _ = process.communicate(timeout=30)
-    assert out == "srun run --distributed\nsaved\n"
+    time.sleep(0.3)
+    assert process.poll() is None
+    log = host / "qwen_jax/runs/tpu/a.log"
+    assert log.read_text() == "up run\n"
+    for number in signals:
+        process.send_signal(number)
+        while "told" not in log.read_text():
+            time.sleep(0.02)
+    process.stdout.close()  # nobody listens any more
+    process.stdin.close()
+    assert process.wait(timeout=30) == 0
+    assert log.read_text() == "up run\ntold\nsaved\n"
+    # gcloud tries a lost connection again: that is no new run.
+    again = tpu_host(shell, host, "run")
+    out, err = again.communicate(timeout=30)
+    assert (again.returncode, out) == (1, "") and str(log) in err
+    assert log.read_text() == "up run\ntold\nsaved\n"
+
+
+def test_tpu_host_ends_as_the_run_does_and_shows_all_it_wrote(shell, host):
+    process = tpu_host(shell, host, "fail")
+    out, err = process.stdout.read(), process.stderr.read()  # its input stays open
+    assert process.wait(timeout=30) == 9
+    assert (out, err) == ("up fail\n", "")
+    process.stdin.close()
 
 
 # --- tpu_gke.py ---
+
+STOPPED = ["--exit_code_when_stopped", "75"]
 
 
 def gke(shell, *flags, code=0):
@@ -274,8 +385,25 @@ def test_gke_one_host_is_a_plain_job(shell):
         "cloud.google.com/gke-tpu-topology": "2x2",
     }
     [container] = pod["containers"]
-    assert container["command"] == ["qwen-jax", *RUN]
+    assert container["command"] == ["qwen-jax", *RUN, *STOPPED]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod["restartPolicy"] == "Never"  # as podFailurePolicy wants it
+    assert job["spec"]["podFailurePolicy"] == disruptions("Ignore", container)
+
+
+def disruptions(action, container):
+    """The rules for a run that was told to stop and for a pod that was taken away."""
+    code = int(STOPPED[1])
+    name = container["name"]
+    exits = {"containerName": name, "operator": "In", "values": [code]}
+    # status: a JobSet without it is refused by the cluster
+    taken = [{"type": "DisruptionTarget", "status": "True"}]
+    return {
+        "rules": [
+            {"action": action, "onExitCodes": exits},
+            {"action": action, "onPodConditions": taken},
+        ]
+    }
 
 
 @pytest.mark.parametrize(
@@ -296,7 +424,26 @@ def test_gke_several_hosts_are_a_jobset(shell, topology, more, hosts, chips):
     assert (job["parallelism"], job["completions"]) == (hosts, hosts)
     [container] = job["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["google.com/tpu"] == chips
-    assert container["command"] == ["qwen-jax", *RUN, "--distributed"]
+    assert container["command"] == ["qwen-jax", *RUN, *STOPPED, "--distributed"]
+    # A new pod alone could not join the others: the Job fails, all start again, and
+    # the JobSet does not count it.
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    assert job["podFailurePolicy"] == disruptions("FailJob", container)
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 10
+    [rule] = policy["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+
+
+def test_gke_asks_for_an_exit_code_only_where_the_command_has_one(shell):
+    script = [sys.executable, ROOT / "launch/tpu_gke.py", "--image", "i", "--dry_run"]
+    done = shell(*script, "--topology", "v6e:2x2", "--", "doctor")
+    job = yaml.safe_load(done.stdout)
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["qwen-jax", "doctor"]
+    words = cli.parser().parse_args([*RUN, *STOPPED])  # where it has one, it is known
+    assert words.exit_code_when_stopped == int(STOPPED[1]) != 0
 
 
 @pytest.mark.parametrize(
