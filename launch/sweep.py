@@ -63,6 +63,10 @@ class Started:
     since: float
 
 
+def _say(text: str) -> None:
+    print(text, flush=True)  # a pipe is read while the points run
+
+
 class Runner:
     """Starts commands for points, watches them, writes down how they ended."""
 
@@ -73,7 +77,7 @@ class Runner:
         *,
         parallel: int = 1,
         submits: bool = False,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = _say,
     ):
         self.workdir = workdir
         self.sweep_dir = workdir / "sweep"

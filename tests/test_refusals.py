@@ -2,7 +2,7 @@
 """Bad input through the command line: one line with value, wish and fix; exit code 2;
 nothing compiled, nothing that was there is lost.
 
-(What a resumed run refuses, damaged checkpoints and locks: test_run.py.)
+(What a resumed run refuses, damaged checkpoints and locks: run/test_run.py.)
 """
 
 import errno

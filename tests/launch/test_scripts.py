@@ -349,6 +349,7 @@ def test_tpu_host_tells_the_run_once_when_the_connection_ends(shell, host, signa
     process.stdout.close()  # nobody listens any more
     process.stdin.close()
     assert process.wait(timeout=30) == 0
+    process.stderr.close()
     assert log.read_text() == "up run\ntold\nsaved\n"
     # gcloud tries a lost connection again: that is no new run.
     again = tpu_host(shell, host, "run")
@@ -358,11 +359,10 @@ def test_tpu_host_tells_the_run_once_when_the_connection_ends(shell, host, signa
 
 
 def test_tpu_host_ends_as_the_run_does_and_shows_all_it_wrote(shell, host):
-    process = tpu_host(shell, host, "fail")
-    out, err = process.stdout.read(), process.stderr.read()  # its input stays open
-    assert process.wait(timeout=30) == 9
-    assert (out, err) == ("up fail\n", "")
-    process.stdin.close()
+    with tpu_host(shell, host, "fail") as process:
+        out, err = process.stdout.read(), process.stderr.read()  # its input stays open
+        assert process.wait(timeout=30) == 9
+        assert (out, err) == ("up fail\n", "")
 
 
 # --- tpu_gke.py ---
