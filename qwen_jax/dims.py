@@ -7,7 +7,7 @@ Letters (the same in names and in einsum strings):
     h kv heads          g query heads per kv head                k head width
     n query heads (h*g) f mlp hidden         e experts           a experts per token
     m tokens flattened  v vocabulary         l stacked layers    c chunks
-    p image patches
+    p image patches     u value width of a linear layer   j taps of a convolution
 
 `dim` is of an array, `axis` is of the mesh. A `Param` names its dims with the words
 below; `mesh.Rules` says on which mesh axis a word lies.
@@ -20,5 +20,6 @@ KV_HEADS = "kv_heads"
 FFN = "ffn"
 VOCAB = "vocab"
 LAYERS = "layers"
+EXPERTS = "experts"
 
-ALL = (BATCH, EMBED, HEADS, KV_HEADS, FFN, VOCAB, LAYERS)
+ALL = (BATCH, EMBED, HEADS, KV_HEADS, FFN, VOCAB, LAYERS, EXPERTS)

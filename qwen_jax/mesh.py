@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device mesh, the rules that lay dims on it, and the ops that change a layout.
 
-The mesh has three Explicit axes, always all of them (size 1 costs nothing):
+The mesh has four Explicit axes, always all of them (size 1 costs nothing):
 `data` (replicas), `fsdp` (replicas that split the weights' `embed` dim and gather it
-where it is used) and `tensor` (heads, ffn and vocabulary). `Rules` maps a dim's name to
+where it is used), `tensor` (heads, ffn and vocabulary) and `expert` (replicas, too,
+that split the experts and exchange tokens). `Rules` maps a dim's name to
 axes; a planner's result is another `Rules`.
 
 Under Explicit axes a sharding is part of an array's type, so every change of layout is
@@ -34,7 +35,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import config
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,11 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
 
-    def sizes(self, num_devices: int) -> tuple[int, int, int]:
-        """(data, fsdp, tensor) for `num_devices`, with -1 filled in."""
-        sizes = [self.data, self.fsdp, self.tensor]
+    def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
+        """(data, fsdp, tensor, expert) for `num_devices`, with -1 filled in."""
+        sizes = [self.data, self.fsdp, self.tensor, self.expert]
         if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
             raise config.InputError(
                 f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and "
@@ -65,7 +67,7 @@ class MeshConfig:
 
 
 def make(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all), Explicit axes ("data", "fsdp", "tensor").
+    """A mesh over `devices` (default: all), Explicit axes as in `AXES`.
 
     Raises:
       config.InputError: when the sizes need more or fewer devices than there are, or
@@ -86,7 +88,7 @@ def make(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def _arranged(sizes: tuple[int, int, int], devices: list[Any], **split: bool) -> Any:
+def _arranged(sizes: tuple[int, ...], devices: list[Any], **split: bool) -> Any:
     """`devices` as an array of `sizes`, neighbours in the network side by side."""
     # The devices of a GPU run tell of slices, too, one for each host. Those may split
     # weights between them, and the order of devices keeps hosts together.
@@ -98,11 +100,11 @@ def _arranged(sizes: tuple[int, int, int], devices: list[Any], **split: bool) ->
         raise config.InputError(
             f"mesh {dict(zip(AXES, sizes, strict=True))}: data must be a multiple of "
             f"the {slices} TPU slices, between which the network is slow; set "
-            "--config.mesh.data=-1 and let fsdp x tensor divide the "
+            "--config.mesh.data=-1 and let fsdp x tensor x expert divide the "
             f"{len(devices) // slices} devices of one slice"
         )
-    inner = (sizes[0] // slices, *sizes[1:])
-    return mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, **split)
+    inner, outer = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
 
 
 Axes = str | tuple[str, ...] | None
@@ -120,13 +122,14 @@ class Rules:
     `embed` concerns weights only: activations keep their width whole.
     """
 
-    batch: Axes = ("data", "fsdp")
+    batch: Axes = ("data", "fsdp", "expert")
     embed: Axes = "fsdp"
     heads: Axes = "tensor"
     kv_heads: Axes = "tensor"
     ffn: Axes = "tensor"
     vocab: Axes = "tensor"
     layers: Axes = None
+    experts: Axes = "expert"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -136,7 +139,7 @@ class Rules:
                     raise ValueError(f"{field.name}={axis!r}{hint}")
 
     def pspec(self, *dims: str | None) -> P:
-        """("batch", None, "ffn") -> P(("data", "fsdp"), None, "tensor")."""
+        """("batch", None, "ffn") -> P(("data", "fsdp", "expert"), None, "tensor")."""
         axes = [None if dim is None else getattr(self, dim) for dim in dims]
         flat = [a for ax in axes if ax for a in ((ax,) if isinstance(ax, str) else ax)]
         if len(set(flat)) != len(flat):
@@ -261,6 +264,16 @@ def _merged(x: jax.Array, shape: tuple[int, ...], first: tuple[int, ...]) -> jax
     lies = tuple(spec.partitions[i] for i in first)
     spec = P(*lies, reduced=spec.reduced)
     return jax.lax.reshape(x, shape, out_sharding=spec)
+
+
+def split_first(x: jax.Array, *sizes: int) -> jax.Array:
+    """`x` with its first dim, which lies whole, cut in several."""
+    shape = (*sizes, *x.shape[1:])
+    if not active():
+        return x.reshape(shape)
+    spec = jax.typeof(x).sharding.spec
+    lies = P(*(None for _ in sizes), *spec[1:])
+    return jax.lax.reshape(x, shape, out_sharding=lies)
 
 
 def take(table_vd: jax.Array, ids_bt: jax.Array, rules: Rules) -> jax.Array:

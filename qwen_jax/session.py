@@ -38,7 +38,7 @@ from qwen_jax.fault import signals
 from qwen_jax.models import decode, flops
 from qwen_jax.optim import schedules
 from qwen_jax.plan import chips
-from qwen_jax.train import loop, state
+from qwen_jax.train import loop, state, step
 
 
 class Session:
@@ -249,6 +249,8 @@ class Session:
         }
         if exp.train.z_loss:
             row["z_loss"] = values["z_loss"]
+        if exp.model.moe is not None:
+            row |= {name: values[name] for name in step.ROUTER_METRICS}
         self.writer.write(number, row)
         self._progress("update", number, row)
 

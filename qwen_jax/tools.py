@@ -62,7 +62,7 @@ def generate(args: argparse.Namespace) -> int:
     ids = [one or [vocabulary.eos_id] for one in ids]
     new = decode.generate(
         spec,
-        decoder.unstacked(weights) if spec.num_layers <= 12 else weights,
+        decoder.unstacked(spec, weights) if spec.num_layers <= 12 else weights,
         ids,
         max_tokens=args.max_tokens,
         temperature=args.temperature,

@@ -54,10 +54,10 @@ def test_a_mesh_has_three_axes_and_all_devices(devices):
 
 
 def test_minus_one_is_the_rest():
-    assert mesh.MeshConfig().sizes(8) == (8, 1, 1)
-    assert mesh.MeshConfig(2, -1, 2).sizes(8) == (2, 2, 2)
-    assert mesh.MeshConfig(1, 2, -1).sizes(2) == (1, 2, 1)
-    assert mesh.MeshConfig(2, 3, 4).sizes(8) == (2, 3, 4)  # `make` compares
+    assert mesh.MeshConfig().sizes(8) == (8, 1, 1, 1)
+    assert mesh.MeshConfig(2, -1, 2).sizes(8) == (2, 2, 2, 1)
+    assert mesh.MeshConfig(1, 2, -1).sizes(2) == (1, 2, 1, 1)
+    assert mesh.MeshConfig(2, 3, 4).sizes(8) == (2, 3, 4, 1)  # `make` compares
 
 
 @given(st.tuples(*[st.integers(-2, 9)] * 3), st.integers(1, 64))
@@ -122,7 +122,7 @@ def chips(slices, shape, **more):
     [
         (2, (2, 2, 1), (-1, 2, 1)),
         (2, (2, 2, 1), (2, 2, 2)),
-        (2, (2, 2, 1), (8, 1, 1)),
+        (2, (2, 2, 1), (8, 1, 1, 1)),
         (3, (2, 2, 2), (6, 2, 2)),
         (2, (4, 4, 1), (2, 8, 2)),  # splits an axis of each slice's torus
     ],
@@ -241,7 +241,7 @@ def test_a_product_with_a_gathered_weight(devices, rules, dims, shape, inner, x_
     assert_lies(split[0][1], devices, rules.pspec(*dims))
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (8, 1, 1), (2, 4, 1)])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (8, 1, 1, 1), (2, 4, 1)])
 def test_parts_of_a_gradient_are_summed_in_the_dtype_asked_for(sizes):
     """One device holds 1, seven hold 2^-9: bfloat16 keeps 8 bits of the sum."""
     on, rules = mesh.make(mesh.MeshConfig(*sizes)), mesh.Rules()

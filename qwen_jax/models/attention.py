@@ -4,6 +4,8 @@
 Source: GQA (arXiv 2305.13245); biases on q, k, v as in Qwen2, RMSNorm on each q and k
 head before RoPE as in Qwen3.
 
+From Qwen3-Next on, an output gate: heads * sigmoid(x Wgate), one number for each.
+
 Shapes: x_btd -> y_btd. Weights q_ldnk, k_ldhk, v_ldhk, o_lnkd, biases q_bias_lnk,
 k_bias_lhk, v_bias_lhk, norms q_norm_lk, k_norm_lk, stacked by layer.
 Invariants: packed rows equal separate rows on every backend. A backend that cannot keep
@@ -26,10 +28,9 @@ from qwen_jax.models.kernels import blockwise
 from qwen_jax.params import Param, normal, ones, zeros
 
 
-def attention_params(spec: spec_lib.Spec) -> dict[str, Param]:
-    """Stacked weights of the attention blocks."""
-    layers, d, n, h, k = (
-        spec.num_layers,
+def attention_params(spec: spec_lib.Spec, layers: int) -> dict[str, Param]:
+    """Weights of `layers` attention blocks, stacked."""
+    d, n, h, k = (
         spec.width,
         spec.num_heads,
         spec.num_kv_heads,
@@ -49,10 +50,13 @@ def attention_params(spec: spec_lib.Spec) -> dict[str, Param]:
             "v_bias_lhk": Param((layers, h, k), ("layers", "kv_heads", None), zeros),
         }
     if spec.qk_norm:
+        plain = zeros if spec.norm_offset else ones
         tree |= {
-            "q_norm_lk": Param((layers, k), ("layers", None), ones),
-            "k_norm_lk": Param((layers, k), ("layers", None), ones),
+            "q_norm_lk": Param((layers, k), ("layers", None), plain),
+            "k_norm_lk": Param((layers, k), ("layers", None), plain),
         }
+    if spec.output_gate:
+        tree["gate_ldnk"] = tree["q_ldnk"]
     return tree
 
 
@@ -116,7 +120,7 @@ def attention(
     )  # its outputs do not name the axes they vary on
     run = mesh.local(kernel, inputs=inputs, out=heads, checked=checked)
     out_btnk = run(*operands)
-    return merge(p, out_btnk, spec, rules)
+    return merge(p, out_btnk, x_btd, spec, rules)
 
 
 def cached(
@@ -158,7 +162,7 @@ def cached(
     out_btnk, keys_bshk, values_bshk = run(
         q_btnk, k_bthk, v_bthk, keys_bshk, values_bshk, segments_bt, segments_bs, length
     )
-    return merge(p, out_btnk, spec, rules), keys_bshk, values_bshk
+    return merge(p, out_btnk, x_btd, spec, rules), keys_bshk, values_bshk
 
 
 def project(p, x_btd, cos_btk, sin_btk, spec, rules):
@@ -184,7 +188,7 @@ def project(p, x_btd, cos_btk, sin_btk, spec, rules):
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def turn(y, scale_k, cos_btk, sin_btk):
         if scale_k is not None:
-            y = norm.rms_norm(y, scale_k, spec.norm_eps)
+            y = norm.rms_norm(y, scale_k, spec.norm_eps, spec.norm_offset)
         return rope.apply(y, cos_btk, sin_btk)
 
     return (
@@ -194,9 +198,14 @@ def project(p, x_btd, cos_btk, sin_btk, spec, rules):
     )
 
 
-def merge(p, out_btnk, spec, rules):
-    """Heads back to the width: out_btnk -> y_btd."""
+def merge(p, out_btnk, x_btd, spec, rules):
+    """Heads, times the gate of x where the model has one, back to the width: y_btd."""
     how = {"dtype": out_btnk.dtype, "reduce_dtype": spec.reduce_dtype}
+    if spec.output_gate:
+        w_dnk = mesh.gather(p["gate_ldnk"], rules, "embed", "heads", None, **how)
+        out = rules.pspec("batch", None, "heads", None)
+        gate_btnk = checkpoint_name(mesh.product(x_btd, w_dnk, out=out), "gate")
+        out_btnk = out_btnk * jax.nn.sigmoid(gate_btnk)
     o_nkd = mesh.gather(p["o_lnkd"], rules, "heads", None, "embed", **how)
     out = rules.pspec("batch", None, None)
     return mesh.product(out_btnk, o_nkd, inner=2, out=out)

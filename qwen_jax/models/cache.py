@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding state: keys and values of every layer, and which slots are whose.
+"""Decoding state: keys and values, linear layers' matrices, and which slots are whose.
 
 `init` makes an empty cache; `models.forward(..., cache=cache)` writes the new tokens'
 keys and values at `cache.length` and returns the cache with them in. One function
 serves prefill (many tokens), decoding (one token) and chunks in between.
 
-Shapes: k_lbshk, v_lbshk in the compute dtype with s slots; segments_bs int32 (0 = empty
-slot or padding); length int32 scalar: slots written so far, the same for every row.
+Shapes: keys and values in the compute dtype with s slots; segments_bs int32 (0 = empty
+slot or padding); tail_segments_bj int32, the segments of the last tokens of each row;
+length int32 scalar: slots written so far, the same for every row.
 Rows of different prompt length are padded (segment 0) on either side; positions are
 given by the caller or counted per row from the tokens that are not padding.
 Raises: nothing inside jit; a write past the last slot is the caller's to prevent
@@ -18,22 +19,28 @@ import jax.numpy as jnp
 from flax import struct
 
 from qwen_jax import config, mesh
+from qwen_jax.models import delta as delta_lib
 from qwen_jax.models import spec as spec_lib
 
 
 @struct.dataclass
 class Cache:
-    """Keys, values and segment numbers of the tokens seen so far."""
+    """What the layers keep of the tokens seen so far.
 
-    k_lbshk: jax.Array
-    v_lbshk: jax.Array
+    attention: {"k_bshk", "v_bshk"} with the attention layers in front, or None.
+    delta: {"s_bnku", "q_bjhk", "k_bjhk", "v_bjnu"}, likewise: see `delta.mix`.
+    """
+
+    attention: dict[str, jax.Array] | None
+    delta: dict[str, jax.Array] | None
     segments_bs: jax.Array
+    tail_segments_bj: jax.Array
     length: jax.Array
 
     @property
     def slots(self) -> int:
         """Slots for tokens in each row."""
-        return self.k_lbshk.shape[2]
+        return self.segments_bs.shape[1]
 
 
 def init(
@@ -52,15 +59,23 @@ def init(
             f"cache of {rows} rows x {slots} slots: both must be >0"
         )
     rules = rules or mesh.Rules()
-    shape = (spec.num_layers, rows, slots, spec.num_kv_heads, spec.head_width)
-    layout = rules.pspec("layers", "batch", None, "kv_heads", None)
-    zeros = jnp.zeros(shape, spec.compute_dtype)
+    dtype = jnp.dtype(spec.compute_dtype)
+    attention, delta = (len(spec.layers_with(k)) for k in ("attention", "delta"))
+    keys, states, tail = None, None, jnp.zeros((rows, 0), jnp.int32)
+    if attention:
+        shape = (attention, rows, slots, spec.num_kv_heads, spec.head_width)
+        layout = rules.pspec("layers", "batch", None, "kv_heads", None)
+        zeros = mesh.reshard(jnp.zeros(shape, dtype), layout)
+        keys = {"k_bshk": zeros, "v_bshk": zeros}
+    if delta:
+        states = delta_lib.fresh(spec, rows, dtype, rules, delta)
+        tail = states.pop("segments_bj")[0]  # the same in every layer
+    layout = rules.pspec("batch", None)
     return Cache(
-        k_lbshk=mesh.reshard(zeros, layout),
-        v_lbshk=mesh.reshard(zeros, layout),
-        segments_bs=mesh.reshard(
-            jnp.zeros((rows, slots), jnp.int32), rules.pspec("batch", None)
-        ),
+        attention=keys,
+        delta=states,
+        segments_bs=mesh.reshard(jnp.zeros((rows, slots), jnp.int32), layout),
+        tail_segments_bj=mesh.reshard(tail, layout),
         length=jnp.zeros((), jnp.int32),
     )
 

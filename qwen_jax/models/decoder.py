@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens in, logits out: the one decoder of every dense Qwen.
+"""Tokens in, logits out: the one decoder of every Qwen.
 
-x = embed(tokens); for each layer: x += attention(norm(x)); x += mlp(norm(x)); then a
-final norm and the head (the embedding again when tied).
+x = embed(tokens); for each layer: x += mixer(norm(x)); x += feed_forward(norm(x)); then
+a final norm and the head (the embedding again when tied). A mixer is attention or the
+gated delta rule, a feed-forward one SwiGLU or a mixture of experts: `spec.kinds`.
 
 Shapes: tokens_bt int32 -> hidden_btd -> logits_btv float32. Parameters are a dict:
-`embed_vd`, `layers` (every leaf stacked, layer dim first), `norm_d`, and `head_vd` when
-untied (rows are words, as in the embedding: with columns for words the product runs at
-half the rate on a CPU, each stride of a power of two landing in the same cache set).
+`embed_vd`, `layers`, `norm_d`, and `head_vd` when untied (rows are words, as in the
+embedding: with columns for words the product runs at half the rate on a CPU, each
+stride of a power of two landing in the same cache set).
+`layers` has a stack for each thing that layers are made of: both norms, `attention`,
+`delta`, `mlp`, `moe`; every leaf has those layers in front that have the thing, in
+order, so uniform and hybrid models are stored alike.
 Invariants: weights are always stored stacked. `loop="scan"` (one compiled layer) or
 "unroll" (all of them; faster on a CPU) is a choice of the run and gives the same
 numbers; `unstacked` gives a list of layers for decoding, where slices would be copied.
-Layers with different windows run as consecutive stretches of the same loop. `remat`
+Layers that differ by a repeating pattern are one loop over the pattern. `remat`
 says which activations of a layer stay for the backward pass: "none" leaves it to
 autodiff, "full" keeps only the layer's input, "dots" keeps the outputs of the matrix
 products, and a comma-separated list keeps those names (see `SAVED`).
 Raises: config.InputError for a bad `remat`, ValueError for shapes.
 """
 
+import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -28,27 +32,39 @@ import jax.numpy as jnp
 from qwen_jax import config, mesh
 from qwen_jax.models import attention as attn
 from qwen_jax.models import cache as cache_lib
+from qwen_jax.models import delta as delta_lib
 from qwen_jax.models import mlp as mlp_lib
+from qwen_jax.models import moe as moe_lib
 from qwen_jax.models import norm, rope
 from qwen_jax.models import spec as spec_lib
-from qwen_jax.params import Param, normal, ones
+from qwen_jax.params import Param, normal, ones, zeros
 
-SAVED = ("q", "k", "v", "attention", "attention_lse", "mlp_gate", "mlp_up")
+SAVED = (
+    *("q", "k", "v", "attention", "attention_lse", "gate", "z", "b", "a"),
+    *("mlp_gate", "mlp_up", "experts"),
+)
 
 
 def decoder_params(spec: spec_lib.Spec) -> dict[str, Any]:
     """The declaration tree of the whole model."""
     layers, d, v = spec.num_layers, spec.width, spec.vocab_size
     init = normal(spec.init_std)
+    plain = zeros if spec.norm_offset else ones
+    declare = {
+        "attention": attn.attention_params,
+        "delta": delta_lib.delta_params,
+        "mlp": mlp_lib.mlp_params,
+        "moe": moe_lib.moe_params,
+    }
+    counts = {stack: len(spec.layers_with(stack)) for stack in declare}
     tree = {
         "embed_vd": Param((v, d), ("vocab", "embed"), init),
         "layers": {
-            "attention_norm_ld": Param((layers, d), ("layers", None), ones),
-            "attention": attn.attention_params(spec),
-            "mlp_norm_ld": Param((layers, d), ("layers", None), ones),
-            "mlp": mlp_lib.mlp_params(spec),
+            "attention_norm_ld": Param((layers, d), ("layers", None), plain),
+            "mlp_norm_ld": Param((layers, d), ("layers", None), plain),
+            **{k: declare[k](spec, count) for k, count in counts.items() if count},
         },
-        "norm_d": Param((d,), (None,), ones),
+        "norm_d": Param((d,), (None,), plain),
     }
     if not spec.tie_embedding:
         tree["head_vd"] = Param((v, d), ("vocab", "embed"), init)
@@ -68,13 +84,25 @@ _layers_of.defvjp(
 )
 
 
-def unstacked(params: dict[str, Any]) -> dict[str, Any]:
+def _owners(spec: spec_lib.Spec) -> dict[str, tuple[int, ...]]:
+    """The layers whose weights each stack holds, in its order."""
+    every = tuple(range(spec.num_layers))
+    named = {k: spec.layers_with(k) for k in ("attention", "delta", "mlp", "moe")}
+    return {"attention_norm_ld": every, "mlp_norm_ld": every} | {
+        k: layers for k, layers in named.items() if layers
+    }
+
+
+def unstacked(spec: spec_lib.Spec, params: dict[str, Any]) -> dict[str, Any]:
     """The same weights with `layers` as a list, for decoding on a CPU."""
     layers = params["layers"]
     if isinstance(layers, list):
         return params
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return params | {"layers": _layers_of(layers, count)}
+    parts = [{} for _ in range(spec.num_layers)]
+    for stack, owners in _owners(spec).items():
+        for i, part in zip(owners, _layers_of(layers[stack], len(owners)), strict=True):
+            parts[i][stack] = part
+    return params | {"layers": parts}
 
 
 def saved_names(remat: str) -> tuple[str, ...] | None:
@@ -97,37 +125,105 @@ def saved_names(remat: str) -> tuple[str, ...] | None:
     return names
 
 
-def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, window):
-    """One block: x + attention(norm(x)), then + mlp(norm(x))."""
-    with jax.named_scope("attention"):
-        y_btd = norm.rms_norm(x_btd, p["attention_norm_ld"], spec.norm_eps)
-        x_btd = x_btd + attn.attention(
-            p["attention"],
-            y_btd,
-            cos_btk,
-            sin_btk,
-            segments_bt,
-            spec=spec,
-            rules=rules,
-            window=window,
-        )
-    return _feed_forward(p, x_btd, spec, rules)
+def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, kind):
+    """One block: x + mixer(norm(x)), then + feed_forward(norm(x)); and what the router
+    of a sparse layer counted."""
+    with jax.named_scope(kind.mixer):
+        y_btd = _norm(p["attention_norm_ld"], x_btd, spec)
+        if kind.mixer == "delta":
+            y_btd, _ = delta_lib.mix(
+                p["delta"], y_btd, segments_bt, spec=spec, rules=rules
+            )
+        else:
+            y_btd = attn.attention(
+                p["attention"],
+                y_btd,
+                cos_btk,
+                sin_btk,
+                segments_bt,
+                spec=spec,
+                rules=rules,
+                window=kind.window,
+            )
+        x_btd = x_btd + y_btd
+    return _feed_forward(p, x_btd, segments_bt, spec, rules, kind)
 
 
-def _feed_forward(p, x_btd, spec, rules):
-    with jax.named_scope("mlp"):
-        y_btd = norm.rms_norm(x_btd, p["mlp_norm_ld"], spec.norm_eps)
-        return x_btd + mlp_lib.mlp(p["mlp"], y_btd, spec, rules)
+def _norm(weight_d, x_btd, spec):
+    return norm.rms_norm(x_btd, weight_d, spec.norm_eps, spec.norm_offset)
 
 
-def _stretches(spec: spec_lib.Spec) -> list[tuple[int, int, int]]:
-    """(first layer, one past the last, window) of each run of equal windows."""
-    runs, start = [], 0
-    for window, group in itertools.groupby(spec.windows):
-        count = len(list(group))
-        runs.append((start, start + count, window))
-        start += count
-    return runs
+def _feed_forward(p, x_btd, segments_bt, spec, rules, kind):
+    with jax.named_scope("moe" if kind.sparse else "mlp"):
+        y_btd = _norm(p["mlp_norm_ld"], x_btd, spec)
+        if kind.sparse:
+            y_btd, stats = moe_lib.moe(p["moe"], y_btd, segments_bt, spec, rules)
+            return x_btd + y_btd, stats
+        return x_btd + mlp_lib.mlp(p["mlp"], y_btd, spec, rules), None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stretch:
+    """Layers start .. start + len(kinds) * repeats: the pattern `kinds`, repeated."""
+
+    start: int
+    kinds: tuple[spec_lib.Kind, ...]
+    repeats: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.kinds) * self.repeats
+
+
+def _stretches(kinds: tuple[spec_lib.Kind, ...]) -> list[_Stretch]:
+    """The layers as few repeated patterns: one for uniform and for hybrid models."""
+    out, start = [], 0
+    while start < len(kinds):
+        left = len(kinds) - start
+        best = _Stretch(start, kinds[start : start + 1], 1)
+        for period in range(1, left // 2 + 1):
+            pattern = kinds[start : start + period]
+            repeats = 1
+            while kinds[start + repeats * period :][:period] == pattern:
+                repeats += 1
+            found = _Stretch(start, pattern, repeats)
+            if repeats > 1 and found.stop > best.stop:
+                best = found
+        out.append(best)
+        start = best.stop
+    return out
+
+
+def _repeats_of(layers: dict[str, Any], stretch: _Stretch, owners) -> dict[str, Any]:
+    """The stretch's part of every stack, [repeats, layers of the pattern, ...]."""
+    parts = {}
+    for stack, held in owners.items():
+        mine = [i for i in held if stretch.start <= i < stretch.stop]
+        if not mine:
+            continue
+        first, count = held.index(mine[0]), len(mine)
+
+        def cut(x, first=first, count=count):
+            if count != x.shape[0]:
+                x = x[first : first + count]
+            return mesh.split_first(x, stretch.repeats, count // stretch.repeats)
+
+        parts[stack] = jax.tree.map(cut, layers[stack])
+    return parts
+
+
+def _layers_in(part: dict[str, Any], stretch: _Stretch) -> list[dict[str, Any]]:
+    """One repeat's weights -> those of each layer of the pattern."""
+    used = dict.fromkeys(part, 0)
+    out = []
+    for kind in stretch.kinds:
+        mine = {}
+        for stack in ("attention_norm_ld", "mlp_norm_ld", *spec_lib.stacks(kind)):
+            i = used[stack]
+            mine[stack] = jax.tree.map(lambda x, i=i: x[i], part[stack])
+            used[stack] += 1
+        out.append(mine)
+    return out
 
 
 def hidden(
@@ -140,8 +236,9 @@ def hidden(
     rules: mesh.Rules | None = None,
     loop: str = "scan",
     remat: str = "none",
-) -> jax.Array:
-    """Final hidden states after the last norm, in the compute dtype: [b, t, d]."""
+) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    """(final hidden states after the last norm, in the compute dtype: [b, t, d]; what
+    the routers counted, stacked over sparse layers, or None: see `moe`)."""
     rules = rules or mesh.Rules()
     b, t = tokens_bt.shape
     if positions is None:
@@ -151,32 +248,49 @@ def hidden(
     x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
     saved = saved_names(remat)
 
-    def layer_for(window):
-        layer = functools.partial(_layer, spec=spec, rules=rules, window=window)
+    def layer_for(kind):
+        layer = functools.partial(_layer, spec=spec, rules=rules, kind=kind)
         if saved is not None:
             policy = jax.checkpoint_policies.save_only_these_names(*saved)
             # Under a scan the barriers against CSE are not needed (and cost).
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=loop != "scan")
         return layer
 
-    layers = params["layers"]
-    if loop == "unroll" and not isinstance(layers, list):
-        layers = _layers_of(layers, spec.num_layers)
-    for start, stop, window in _stretches(spec):
-        layer = layer_for(window)
-        if isinstance(layers, list):
-            for p in layers[start:stop]:
-                x_btd = layer(p, x_btd, cos_btk, sin_btk, segments)
-            continue
-        part = layers
-        if (start, stop) != (0, spec.num_layers):
-            part = jax.tree.map(lambda x, a=start, z=stop: x[a:z], layers)
+    if loop == "unroll":
+        params = unstacked(spec, params)
+    layers, counted = params["layers"], []
+    if isinstance(layers, list):
+        for kind, p in zip(spec.kinds, layers, strict=True):
+            x_btd, stats = layer_for(kind)(p, x_btd, cos_btk, sin_btk, segments)
+            counted += [] if stats is None else [jax.tree.map(lambda x: x[None], stats)]
+    else:
+        owners = _owners(spec)
+        for stretch in _stretches(spec.kinds):
 
-        def body(x, p, layer=layer):
-            return layer(p, x, cos_btk, sin_btk, segments), None
+            def body(x, part, stretch=stretch):
+                counted = []
+                for kind, p in zip(
+                    stretch.kinds, _layers_in(part, stretch), strict=True
+                ):
+                    x, stats = layer_for(kind)(p, x, cos_btk, sin_btk, segments)
+                    counted += [] if stats is None else [stats]
+                return x, _stacked(counted)
 
-        x_btd, _ = jax.lax.scan(body, x_btd, part)
-    return norm.rms_norm(x_btd, params["norm_d"], spec.norm_eps)
+            part = _repeats_of(layers, stretch, owners)
+            x_btd, stats = jax.lax.scan(body, x_btd, part)
+            if stats is not None:
+                counted.append(jax.tree.map(_merged, stats))
+    stats = jax.tree.map(lambda *xs: jnp.concatenate(xs), *counted) if counted else None
+    return _norm(params["norm_d"], x_btd, spec), stats
+
+
+def _stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees) if trees else None
+
+
+def _merged(x: jax.Array) -> jax.Array:
+    """[repeats, layers of the pattern, ...] -> [layers, ...]."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def head_vd(spec: spec_lib.Spec, params: dict[str, Any]) -> jax.Array:
@@ -233,7 +347,7 @@ def forward(
     """
     rules = rules or mesh.Rules()
     if cache is None:
-        x_btd = hidden(
+        x_btd, _ = hidden(
             spec,
             params,
             tokens_bt,
@@ -284,52 +398,82 @@ def hidden_cached(
     cos_btk, sin_btk = rope.angles(spec, positions)
     x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
 
-    def one(p, x, keys, values, window):
-        y = norm.rms_norm(x, p["attention_norm_ld"], spec.norm_eps)
-        y, keys, values = attn.cached(
-            p["attention"],
-            y,
-            cos_btk,
-            sin_btk,
-            keys,
-            values,
-            segments,
-            slots_bs,
-            cache.length,
-            spec=spec,
-            rules=rules,
-            window=window,
-        )
-        return _feed_forward(p, x + y, spec, rules), keys, values
+    def one(p, x, held, kind):
+        y = _norm(p["attention_norm_ld"], x, spec)
+        if kind.mixer == "delta":
+            held = held | {"segments_bj": cache.tail_segments_bj}
+            y, held = delta_lib.mix(
+                p["delta"], y, segments, held, spec=spec, rules=rules
+            )
+            tail_bj = held.pop("segments_bj")
+        else:
+            y, keys, values = attn.cached(
+                p["attention"],
+                y,
+                cos_btk,
+                sin_btk,
+                held["k_bshk"],
+                held["v_bshk"],
+                segments,
+                slots_bs,
+                cache.length,
+                spec=spec,
+                rules=rules,
+                window=kind.window,
+            )
+            held, tail_bj = {"k_bshk": keys, "v_bshk": values}, None
+        x, _ = _feed_forward(p, x + y, segments, spec, rules, kind)
+        return x, held, tail_bj
 
-    keys, values = [], []
-    for start, stop, window in _stretches(spec):
-        if isinstance(params["layers"], list):
-            for i in range(start, stop):
-                x_btd, k, v = one(
-                    params["layers"][i],
-                    x_btd,
-                    cache.k_lbshk[i],
-                    cache.v_lbshk[i],
-                    window,
-                )
-                keys.append(k[None])
-                values.append(v[None])
-            continue
-        tree = (params["layers"], cache.k_lbshk, cache.v_lbshk)
-        if (start, stop) != (0, spec.num_layers):
-            tree = jax.tree.map(lambda x, a=start, z=stop: x[a:z], tree)
+    tails, listed = [cache.tail_segments_bj], isinstance(params["layers"], list)
+    stacks = {k: [] for k in ("attention", "delta") if getattr(cache, k) is not None}
+    owners = _owners(spec)
+    held_by = {k: owners[k] for k in stacks}
+    for stretch in _stretches(spec.kinds):
+        held = {k: getattr(cache, k) for k in stacks}
+        held = _repeats_of(held, stretch, held_by)
 
-        def body(x, layer, window=window):
-            p, k, v = layer
-            x, k, v = one(p, x, k, v, window)
-            return x, (k, v)
+        def body(x, now, stretch=stretch):
+            layers, held = now
+            used, new = dict.fromkeys(held, 0), {k: [] for k in held}
+            tail_bj = cache.tail_segments_bj
+            for kind, p in zip(stretch.kinds, layers, strict=True):
+                i = used[kind.mixer]
+                mine = jax.tree.map(lambda x, i=i: x[i], held[kind.mixer])
+                x, mine, tail = one(p, x, mine, kind)
+                tail_bj = tail_bj if tail is None else tail
+                new[kind.mixer].append(mine)
+                used[kind.mixer] += 1
+            return x, ({k: _stacked(v) for k, v in new.items()}, tail_bj)
 
-        x_btd, (k, v) = jax.lax.scan(body, x_btd, tree)
-        keys.append(k)
-        values.append(v)
-    k_lbshk, v_lbshk = (
-        x[0] if len(x) == 1 else jnp.concatenate(x) for x in (keys, values)
+        if listed:
+            each, news = len(stretch.kinds), []
+            for r in range(stretch.repeats):
+                first = stretch.start + r * each
+                layers = params["layers"][first : first + each]
+                mine = jax.tree.map(lambda x, r=r: x[r], held)
+                x_btd, (new, tail_bj) = body(x_btd, (layers, mine))
+                news.append(new)
+                tails.append(tail_bj)
+            new = _stacked(news)
+        else:
+            part = _repeats_of(params["layers"], stretch, owners)
+
+            def scanned(x, now, body=body, stretch=stretch):
+                part, held = now
+                return body(x, (_layers_in(part, stretch), held))
+
+            x_btd, (new, tail_rbj) = jax.lax.scan(scanned, x_btd, (part, held))
+            tails.append(jax.tree.map(lambda x: x[-1], tail_rbj))
+        for stack, parts in new.items():
+            stacks[stack].append(jax.tree.map(_merged, parts))
+    held = {
+        k: parts[0]
+        if len(parts) == 1
+        else jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+        for k, parts in stacks.items()
+    }
+    cache = cache_lib.Cache(
+        held.get("attention"), held.get("delta"), slots_bs, tails[-1], cache.length + t
     )
-    cache = cache_lib.Cache(k_lbshk, v_lbshk, slots_bs, cache.length + t)
-    return norm.rms_norm(x_btd, params["norm_d"], spec.norm_eps), cache
+    return _norm(params["norm_d"], x_btd, spec), cache

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts from a spec: parameters, FLOPs, KV bytes.
+"""Counts from a spec: parameters, active parameters, FLOPs, KV bytes.
 
 Source: every matrix product costs 2 FLOPs a weight and token; attention over a prefix
 of average length s costs 4 * n * k * s a layer and token (scores and weighted values).
-The backward pass costs twice the forward. Norms, RoPE, softmax are left out (below 1
-%). The embedding lookup is no product; the head is, tied or not.
+The gated delta rule costs 6 * k * u a value head: its state is read, written and read.
+With experts only the picked ones count. The backward pass costs twice the forward.
+Norms, RoPE, softmax are left out (below 1 %). The embedding lookup is no product; the
+head is, tied or not.
 
 Units: FLOPs, bytes; `causal=True` counts only what a causal mask leaves, (t + 1) / 2
 keys on average; False counts t, the convention of published MFU figures.
@@ -26,6 +28,17 @@ def num_non_embedding(spec: spec_lib.Spec) -> int:
     return num_params(spec) - tables * spec.vocab_size * spec.width
 
 
+def num_active(spec: spec_lib.Spec) -> int:
+    """Weights that one token meets: of the experts only those that it picks."""
+    if spec.moe is None:
+        return num_params(spec)
+    moe = spec.moe
+    idle = moe.num_experts - moe.experts_per_token
+    return num_params(spec) - len(spec.layers_with("moe")) * idle * (
+        3 * spec.width * moe.ffn_width
+    )
+
+
 def _keys_seen(tokens: int, window: int, causal: bool) -> float:
     """Average number of keys a query meets in a row of `tokens`."""
     if not causal:
@@ -39,10 +52,17 @@ def forward_per_token(
     spec: spec_lib.Spec, seq_tokens: int, *, causal: bool = False
 ) -> float:
     """FLOPs of the forward pass for one token of a row of `seq_tokens`."""
-    weights = num_non_embedding(spec) + spec.vocab_size * spec.width
+    idle = num_params(spec) - num_active(spec)
+    weights = num_non_embedding(spec) - idle + spec.vocab_size * spec.width
     heads = spec.num_heads * spec.head_width
-    attention = sum(4 * heads * _keys_seen(seq_tokens, w, causal) for w in spec.windows)
-    return 2 * weights + attention
+    mixing = 0.0
+    for kind in spec.kinds:
+        if kind.mixer == "attention":
+            mixing += 4 * heads * _keys_seen(seq_tokens, kind.window, causal)
+        else:
+            delta = spec.delta
+            mixing += 6 * delta.value_heads * delta.key_width * delta.value_width
+    return 2 * weights + mixing
 
 
 def train_per_token(
@@ -54,4 +74,17 @@ def train_per_token(
 
 def kv_bytes_per_token(spec: spec_lib.Spec, itemsize: int = 2) -> int:
     """Bytes of keys and values one token keeps in a cache."""
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_width * itemsize
+    layers = len(spec.layers_with("attention"))
+    return 2 * layers * spec.num_kv_heads * spec.head_width * itemsize
+
+
+def state_bytes(spec: spec_lib.Spec, itemsize: int = 2) -> int:
+    """Bytes that the linear layers keep of a row, however long it is: float32 matrices
+    and the convolution's last inputs."""
+    delta = spec.delta
+    if delta is None:
+        return 0
+    keys, values = delta.key_heads * delta.key_width, delta.value_heads
+    matrices = 4 * values * delta.key_width * delta.value_width
+    tails = (delta.conv_taps - 1) * (2 * keys + values * delta.value_width) * itemsize
+    return len(spec.layers_with("delta")) * (matrices + tails)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face folders in and out: config.json <-> Spec, safetensors <-> parameters.
 
-One table, `NAMES`, maps each weight both ways; what `save` writes, transformers loads.
+One table (`names.py`) maps each weight both ways; what `save` writes, transformers
+loads.
 
-Formats: `model.safetensors`, or shards with `model.safetensors.index.json`; a linear
-layer there is [out, in], heads joined (head-major) in one dim; here the dims are split
-and the input comes first. Both config forms are read: `rope_theta` and `rope_scaling`
-as published, `rope_parameters` of transformers 5.
+Formats: `model.safetensors`, or shards with `model.safetensors.index.json`. Both config
+forms are read: `rope_theta` and `rope_scaling` as published, `rope_parameters` of
+transformers 5.
 Invariants: every tensor of the files is used once or is listed as one to ignore; every
 weight of the model is filled. One stacked weight is built at a time.
 Raises: config.InputError for a folder without config.json or weights, an unknown
@@ -15,9 +15,8 @@ architecture, a missing, surplus or misshapen tensor; no code from the folder is
 
 import dataclasses
 import json
-import math
 import pathlib
-import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,39 +27,51 @@ import safetensors.numpy
 from einops import rearrange
 
 from qwen_jax import config, mesh, params
-from qwen_jax.models import decoder
+from qwen_jax.models import decoder, names
 from qwen_jax.models import spec as spec_lib
 
-# Path in our tree -> (name there, einops pattern from theirs to ours).
-_ATTENTION = "model.layers.{i}.self_attn."
-_MLP = "model.layers.{i}.mlp."
-NAMES: dict[str, tuple[str, str]] = {
-    "embed_vd": ("model.embed_tokens.weight", "v d -> v d"),
-    "norm_d": ("model.norm.weight", "d -> d"),
-    "head_vd": ("lm_head.weight", "v d -> v d"),
-    "layers.attention_norm_ld": ("model.layers.{i}.input_layernorm.weight", "d -> d"),
-    "layers.mlp_norm_ld": (
-        "model.layers.{i}.post_attention_layernorm.weight",
-        "d -> d",
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a `model_type` stands for beyond the fields of its config.json."""
+
+    architecture: str
+    model_type: str = ""  # of config.json where it is not the family's name
+    qkv_bias: bool = False
+    qk_norm: bool = True
+    new: bool = False  # from Qwen3-Next on: gates, part of a head rotated, 1 + w norms
+    sparse: bool = False
+    shared: bool = False  # an expert that every token meets
+    norm_topk: bool | None = None  # None: config.json says
+    fused: bool = False  # published with all experts in one tensor
+
+
+FAMILIES = {
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, qk_norm=False),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        qkv_bias=True,
+        qk_norm=False,
+        sparse=True,
+        shared=True,
     ),
-    "layers.attention.q_ldnk": (_ATTENTION + "q_proj.weight", "(n k) d -> d n k"),
-    "layers.attention.k_ldhk": (_ATTENTION + "k_proj.weight", "(h k) d -> d h k"),
-    "layers.attention.v_ldhk": (_ATTENTION + "v_proj.weight", "(h k) d -> d h k"),
-    "layers.attention.o_lnkd": (_ATTENTION + "o_proj.weight", "d (n k) -> n k d"),
-    "layers.attention.q_bias_lnk": (_ATTENTION + "q_proj.bias", "(n k) -> n k"),
-    "layers.attention.k_bias_lhk": (_ATTENTION + "k_proj.bias", "(h k) -> h k"),
-    "layers.attention.v_bias_lhk": (_ATTENTION + "v_proj.bias", "(h k) -> h k"),
-    "layers.attention.q_norm_lk": (_ATTENTION + "q_norm.weight", "k -> k"),
-    "layers.attention.k_norm_lk": (_ATTENTION + "k_norm.weight", "k -> k"),
-    "layers.mlp.gate_ldf": (_MLP + "gate_proj.weight", "f d -> d f"),
-    "layers.mlp.up_ldf": (_MLP + "up_proj.weight", "f d -> d f"),
-    "layers.mlp.down_lfd": (_MLP + "down_proj.weight", "d f -> f d"),
+    "qwen3": Family("Qwen3ForCausalLM"),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", sparse=True),
+    "qwen3_next": Family("Qwen3NextForCausalLM", new=True, sparse=True, shared=True),
+    "qwen3_5": Family("Qwen3_5ForCausalLM", "qwen3_5_text", new=True),
+    "qwen3_5_moe": Family(
+        "Qwen3_5MoeForCausalLM",
+        "qwen3_5_moe_text",
+        new=True,
+        sparse=True,
+        shared=True,
+        norm_topk=True,
+        fused=True,
+    ),
 }
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 REQUIRED = (
     "vocab_size",
     "hidden_size",
-    "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
 )
@@ -74,15 +85,23 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
     Raises:
       config.InputError: an architecture or option this decoder does not have.
     """
-    family = raw.get("model_type", "")
-    if family not in ARCHITECTURES:
+    if isinstance(raw.get("text_config"), dict):  # the text part of a larger model
+        raw = {"tie_word_embeddings": raw.get("tie_word_embeddings")} | {
+            k: v for k, v in raw["text_config"].items() if v is not None
+        }
+    family = raw.get("model_type", "").removesuffix("_text")
+    if family not in FAMILIES:
         raise config.InputError(
             f"model_type {family!r} in config.json is not supported"
-            f"{config.nearest(family, ARCHITECTURES)}"
+            f"{config.nearest(family, FAMILIES)}"
         )
+    known = FAMILIES[family]
     if raw.get("hidden_act", "silu") != "silu":
         raise config.InputError(f"hidden_act {raw['hidden_act']!r}: wanted 'silu'")
-    missing = [key for key in REQUIRED if not isinstance(raw.get(key), int)]
+    sparse, dense_layers = _sparse(raw, known)
+    every = not sparse or dense_layers
+    required = (*REQUIRED, *(("intermediate_size",) if every else ()))
+    missing = [key for key in required if not isinstance(raw.get(key), int)]
     if missing:
         raise config.InputError(
             f"config.json lacks {', '.join(missing)}: wanted whole numbers; is it the "
@@ -92,6 +111,7 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
     theta, scaling = _rope(raw)
     eos = raw.get("eos_token_id")
     window, full_layers = _window(raw)
+    mixers, delta = _mixers(raw, known)
     values = {
         "family": family,
         "vocab_size": raw["vocab_size"],
@@ -100,16 +120,22 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
         "num_heads": heads,
         "num_kv_heads": raw.get("num_key_value_heads") or heads,
         "head_width": raw.get("head_dim") or raw["hidden_size"] // heads,
-        "ffn_width": raw["intermediate_size"],
-        "qkv_bias": bool(raw.get("attention_bias", family == "qwen2"))
-        or family == "qwen2",
-        "qk_norm": family == "qwen3",
-        "tie_embedding": raw.get("tie_word_embeddings", False),
+        "ffn_width": raw.get("intermediate_size") or 1,
+        "qkv_bias": known.qkv_bias and raw.get("qkv_bias", True),
+        "qk_norm": known.qk_norm,
+        "tie_embedding": bool(raw.get("tie_word_embeddings", False)),
         "rope_theta": float(theta),
         "rope_scaling": scaling,
         "max_positions": raw.get("max_position_embeddings", 32_768),
         "window": window,
         "full_layers": full_layers,
+        "mixers": mixers,
+        "delta": delta,
+        "moe": sparse,
+        "dense_layers": dense_layers,
+        "output_gate": known.new,
+        "rotary_share": _rotary_share(raw) if known.new else 1.0,
+        "norm_offset": known.new,
         "norm_eps": raw.get("rms_norm_eps", 1e-6),
         "init_std": raw.get("initializer_range", 0.02),
         "bos_id": raw.get("bos_token_id"),
@@ -117,12 +143,92 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
         if isinstance(eos, list)
         else (() if eos is None else (eos,)),
     }
-    if family == "qwen3" and raw.get("attention_bias"):
+    if family != "qwen2" and raw.get("attention_bias"):
         raise config.InputError(
-            "attention_bias=true with qwen3 puts a bias on the output projection too, "
-            "which this decoder does not have"
+            f"attention_bias=true with {family} puts a bias on the output projection "
+            "too, which this decoder does not have"
+        )
+    if raw.get("output_gate_type", "silu") not in ("silu", "swish"):
+        raise config.InputError(
+            f"output_gate_type {raw['output_gate_type']!r}: wanted 'silu'"
         )
     return config.freeze(spec_lib.Spec, values | changes, at="model")
+
+
+def _sparse(
+    raw: dict[str, Any], known: Family
+) -> tuple[dict[str, Any] | None, tuple[int, ...]]:
+    """(the fields of the experts or None, layers that have none)."""
+    if not known.sparse:
+        return None, ()
+    if "num_local_experts" in raw:  # as recent releases of transformers write it
+        raw = raw | {"num_experts": raw["num_local_experts"]}
+    if raw.get("num_experts") == 0:
+        return None, ()
+    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    missing = [key for key in keys if not isinstance(raw.get(key), int)]
+    if missing:
+        raise config.InputError(
+            f"config.json lacks {', '.join(missing)}: wanted whole numbers"
+        )
+    step, alone = raw.get("decoder_sparse_step") or 1, raw.get("mlp_only_layers") or []
+    dense = tuple(
+        i for i in range(raw["num_hidden_layers"]) if i in alone or (i + 1) % step != 0
+    )
+    norm_topk = known.norm_topk
+    if norm_topk is None:
+        norm_topk = bool(raw.get("norm_topk_prob", raw["model_type"] == "qwen3_next"))
+    moe = {
+        "num_experts": raw["num_experts"],
+        "experts_per_token": raw["num_experts_per_tok"],
+        "ffn_width": raw["moe_intermediate_size"],
+        "shared_width": (raw.get("shared_expert_intermediate_size") or 0)
+        if known.shared
+        else 0,
+        "norm_topk": norm_topk,
+        "balance_coef": raw.get("router_aux_loss_coef", 0.001),
+    }
+    return moe, dense
+
+
+def _mixers(
+    raw: dict[str, Any], known: Family
+) -> tuple[tuple[str, ...], dict[str, int] | None]:
+    """(what each layer of the shortest repeating pattern mixes with, linear sizes)."""
+    if not known.new:
+        return ("attention",), None
+    layers = raw["num_hidden_layers"]
+    every = raw.get("full_attention_interval") or 4
+    kinds = raw.get("layer_types") or [
+        "full_attention" if (i + 1) % every == 0 else "linear_attention"
+        for i in range(layers)
+    ]
+    known_kinds = {"full_attention": "attention", "linear_attention": "delta"}
+    wrong = [kind for kind in kinds if kind not in known_kinds]
+    if wrong or len(kinds) != layers:
+        raise config.InputError(
+            f"layer_types {kinds}: wanted {layers} of {', '.join(known_kinds)}"
+        )
+    mixers = tuple(known_kinds[kind] for kind in kinds)
+    period = next(
+        n for n in range(1, layers + 1) if mixers == (mixers[:n] * layers)[:layers]
+    )
+    mixers = mixers[:period]
+    if "delta" not in mixers:
+        return mixers, None
+    fields = {
+        "key_heads": "linear_num_key_heads",
+        "value_heads": "linear_num_value_heads",
+        "key_width": "linear_key_head_dim",
+        "value_width": "linear_value_head_dim",
+        "conv_taps": "linear_conv_kernel_dim",
+    }
+    return mixers, {ours: raw[key] for ours, key in fields.items() if key in raw}
+
+
+def _rotary_share(raw: dict[str, Any]) -> float:
+    share = (raw.get("rope_parameters") or {}).get("partial_rotary_factor")
+    return float(share or raw.get("partial_rotary_factor") or 0.25)
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, spec_lib.RopeScaling | None]:
@@ -170,9 +276,10 @@ def _window(raw: dict[str, Any]) -> tuple[int, int]:
 
 def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
     """config.json of a Spec, in the published form, which every release reads."""
+    known = FAMILIES[spec.family]
     raw = {
-        "architectures": [ARCHITECTURES[spec.family]],
-        "model_type": spec.family,
+        "architectures": [known.architecture],
+        "model_type": known.model_type or spec.family,
         "attention_dropout": 0.0,
         "hidden_act": "silu",
         "hidden_size": spec.width,
@@ -194,8 +301,14 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": spec.vocab_size,
     }
-    if spec.family == "qwen3":
+    if spec.family not in ("qwen2", "qwen2_moe"):
         raw["attention_bias"] = False
+    if spec.family == "qwen2_moe":
+        raw["qkv_bias"] = spec.qkv_bias
+    if known.new:
+        raw |= _new_config(spec)
+    if spec.moe is not None:
+        raw |= _moe_config(spec)
     if spec.bos_id is not None:
         raw["bos_token_id"] = spec.bos_id
     if spec.eos_ids:
@@ -216,6 +329,42 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
     return raw
 
 
+def _new_config(spec: spec_lib.Spec) -> dict[str, Any]:
+    """What config.json says of gated and linear layers."""
+    kinds = {"attention": "full_attention", "delta": "linear_attention"}
+    rope = {"rope_type": "default", "rope_theta": spec.rope_theta}
+    raw = {
+        "layer_types": [kinds[kind.mixer] for kind in spec.kinds],
+        "partial_rotary_factor": spec.rotary_share,
+        "rope_parameters": rope | {"partial_rotary_factor": spec.rotary_share},
+    }
+    if spec.delta is not None:
+        raw |= {
+            "linear_num_key_heads": spec.delta.key_heads,
+            "linear_num_value_heads": spec.delta.value_heads,
+            "linear_key_head_dim": spec.delta.key_width,
+            "linear_value_head_dim": spec.delta.value_width,
+            "linear_conv_kernel_dim": spec.delta.conv_taps,
+        }
+    return raw
+
+
+def _moe_config(spec: spec_lib.Spec) -> dict[str, Any]:
+    """What config.json says of experts."""
+    raw = {
+        "num_experts": spec.moe.num_experts,
+        "num_experts_per_tok": spec.moe.experts_per_token,
+        "moe_intermediate_size": spec.moe.ffn_width,
+        "norm_topk_prob": spec.moe.norm_topk,
+        "router_aux_loss_coef": spec.moe.balance_coef,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(spec.dense_layers),
+    }
+    if spec.moe.shared_width:
+        raw["shared_expert_intermediate_size"] = spec.moe.shared_width
+    return raw
+
+
 def check_spec(spec: spec_lib.Spec) -> None:
     """Refuse a Spec whose function its own config.json would not tell.
 
@@ -225,10 +374,10 @@ def check_spec(spec: spec_lib.Spec) -> None:
     Raises:
       config.InputError: naming the fields, what the file says instead, and the fix.
     """
-    if spec.family not in ARCHITECTURES:
+    if spec.family not in FAMILIES:
         raise config.InputError(
             f"model.family={spec.family!r} has no published form"
-            f"{config.nearest(spec.family, ARCHITECTURES)}; set --config.model.family, "
+            f"{config.nearest(spec.family, FAMILIES)}; set --config.model.family, "
             "or --config.export=false"
         )
     wrong = _told_otherwise(spec)
@@ -236,7 +385,7 @@ def check_spec(spec: spec_lib.Spec) -> None:
         return
     fitting = [
         family
-        for family in ARCHITECTURES
+        for family in FAMILIES
         if not _told_otherwise(dataclasses.replace(spec, family=family))
     ]
     fixes = [f"--config.model.family={family}" for family in fitting] or [
@@ -271,8 +420,14 @@ def _function(spec: spec_lib.Spec) -> dict[str, Any]:
     scaling = spec.rope_scaling
     if scaling is not None and scaling.kind == "linear":
         scaling = ("linear", scaling.factor)  # and nothing else of it
-    # window=0 and full_layers=num_layers are both full attention.
-    one = {"rope_scaling": scaling, "window": spec.windows, "full_layers": None}
+    # Several ways to say what the layers are: window=0 and full_layers=num_layers are
+    # both full attention, patterns may be written once or more often.
+    kinds = {"kinds": spec.kinds, "window": 0, "full_layers": 0, "mixers": ()}
+    sparse = len(spec.layers_with("mlp")) == 0
+    moe = spec.moe and (spec.moe.experts_per_token, spec.moe.norm_topk)
+    one = {"rope_scaling": scaling, "moe": moe, "dense_layers": ()} | kinds
+    if sparse:
+        one["ffn_width"] = 0
     return {name: getattr(spec, name) for name in names} | one
 
 
@@ -354,13 +509,14 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
     folder = pathlib.Path(folder)
     tensors = _Tensors(folder)
     used = {"lm_head.weight"} if spec.tie_embedding else set()
+    table = _table(tensors, spec)
     flat, _ = jax.tree_util.tree_flatten_with_path(
         decoder.decoder_params(spec), is_leaf=params.is_param
     )
     for path, _ in flat:
-        name, pattern = NAMES[_key(path)]
-        wanted = _shape_there(pattern, spec)
-        for full in _names_there(name, spec):
+        key = _key(path)
+        wanted = names.shape(table[key], spec)
+        for full, _ in names.places(table[key], key, spec):
             found = tensors.shape(full)
             if found != wanted:
                 raise config.InputError(
@@ -378,20 +534,10 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
     return tensors
 
 
-def _names_there(name: str, spec: spec_lib.Spec) -> list[str]:
-    """Names of the tensors that one weight of ours is made of."""
-    count = spec.num_layers if "{i}" in name else 1
-    return [name.format(i=i) for i in range(count)]
-
-
-def _shape_there(pattern: str, spec: spec_lib.Spec) -> tuple[int, ...]:
-    """(heads * head width, width) for the pattern "(n k) d -> d n k"."""
-    sizes = _sizes(spec)
-    dims = re.findall(r"\(([^)]*)\)|(\w)", pattern.partition(" -> ")[0])
-    return tuple(
-        math.prod(sizes[one] for one in (group or single).split())
-        for group, single in dims
-    )
+def _table(tensors: _Tensors, spec: spec_lib.Spec) -> dict[str, names.Tensor]:
+    """The name map for the layout of experts that the files have."""
+    fused = any(name.endswith("experts.gate_up_proj") for name in tensors.names)
+    return names.table(spec, fused=fused)
 
 
 def load(
@@ -419,6 +565,7 @@ def load(
     changes = {"param_dtype": dtype, "compute_dtype": dtype} | changes
     spec = spec_from_config(raw, **changes)
     tensors = check(folder, spec)
+    table = _table(tensors, spec)
     tree = decoder.decoder_params(spec)
     layout = None
     if device_mesh is not None:
@@ -427,7 +574,7 @@ def load(
     places = jax.tree.leaves(layout) if layout is not None else [None] * len(flat)
     leaves = []
     for (path, p), place in zip(flat, places, strict=True):
-        host = _read(tensors, _key(path), p, spec)
+        host = _read(tensors, table, _key(path), p, spec)
         if place is None:
             leaves.append(jax.device_put(host))
             continue
@@ -440,33 +587,34 @@ def _key(path: Any) -> str:
     return ".".join(str(part.key) for part in path)
 
 
-def _sizes(spec: spec_lib.Spec) -> dict[str, int]:
-    return {
-        "n": spec.num_heads,
-        "h": spec.num_kv_heads,
-        "k": spec.head_width,
-        "d": spec.width,
-        "f": spec.ffn_width,
-        "v": spec.vocab_size,
-    }
-
-
-def _axes_of(pattern: str, spec: spec_lib.Spec) -> dict[str, int]:
-    return {
-        k: v for k, v in _sizes(spec).items() if k in pattern.split(" -> ")[1].split()
-    }
-
-
-def _read(tensors: _Tensors, key: str, p: params.Param, spec: spec_lib.Spec) -> Any:
+def _read(
+    tensors: _Tensors,
+    table: dict[str, names.Tensor],
+    key: str,
+    p: params.Param,
+    spec: spec_lib.Spec,
+) -> Any:
     """One weight of ours from its tensors, stacked where ours is."""
-    name, pattern = NAMES[key]
-    dtype = jnp.dtype(spec.param_dtype)
-    sizes = _axes_of(pattern, spec)
-    out = np.empty(p.shape, dtype)
-    for i, full in enumerate(_names_there(name, spec)):
-        target = out[i] if "{i}" in name else out
-        target[...] = rearrange(tensors.get(full), pattern, **sizes).astype(dtype)
+    tensor = table[key]
+    pattern = dict(tensor.parts)[key]
+    known = names.axes(pattern, names.sizes(spec, key))
+    cut = names.cuts(tensor, spec)[key]
+    out = np.empty(p.shape, jnp.dtype(spec.param_dtype))
+    for full, place in names.places(tensor, key, spec):
+        there = _brought_out(tensors.get(full), tensor, spec)
+        there = there[(slice(None),) * tensor.dim + (cut,)]
+        out[place] = rearrange(there, pattern, **known).astype(out.dtype)
     return out
+
+
+def _brought_out(there: np.ndarray, tensor: names.Tensor, spec: spec_lib.Spec) -> Any:
+    """A tensor in the form that its parts are cut from."""
+    if not tensor.view:
+        return there
+    key, pattern = tensor.parts[0]
+    left = tensor.view.partition(" -> ")[2].split()
+    known = names.axes(pattern, names.sizes(spec, key))
+    return rearrange(there, tensor.view, **{x: known[x] for x in left if x in known})
 
 
 def save(
@@ -490,7 +638,8 @@ def save(
     """
     check_spec(spec)
     folder = pathlib.Path(folder)
-    named = _named(spec, weights, dtype)
+    fused = FAMILIES[spec.family].fused
+    named = named_tensors(spec, weights, fused=fused, dtype=dtype)
     if jax.process_index() != 0:
         for _ in named:  # takes part in the gathers
             continue
@@ -503,10 +652,10 @@ def save(
         (folder / shards[0][0]).rename(folder / "model.safetensors")
     else:
         index = {"metadata": {"total_size": total}, "weight_map": {}}
-        for i, (temporary, names) in enumerate(shards):
+        for i, (temporary, held) in enumerate(shards):
             final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             (folder / temporary).rename(folder / final)
-            index["weight_map"] |= dict.fromkeys(names, final)
+            index["weight_map"] |= dict.fromkeys(held, final)
         text = json.dumps(index, indent=1, sort_keys=True)
         (folder / "model.safetensors.index.json").write_text(text)
     raw = config_of(spec)
@@ -516,19 +665,36 @@ def save(
     )
 
 
-def _named(spec, weights, dtype):
-    """(name there, tensor) one at a time."""
+def named_tensors(
+    spec: spec_lib.Spec, weights: Any, *, fused: bool, dtype: str | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name there, tensor) one at a time; `fused`: all experts in one tensor."""
     flat, _ = jax.tree_util.tree_flatten_with_path(weights)
-    for path, leaf in flat:
-        name, pattern = NAMES[_key(path)]
-        back = " -> ".join(reversed(pattern.split(" -> ")))
-        stacked = "{i}" in name
-        for i in range(spec.num_layers if stacked else 1):
-            part = leaf[i] if stacked else leaf
-            host = _to_host(part)
+    leaves = {_key(path): leaf for path, leaf in flat}
+    table = names.table(spec, fused=fused)
+    done = set()
+    for key in leaves:
+        tensor = table[key]
+        if tensor.name in done:
+            continue
+        done.add(tensor.name)
+        for full, place in names.places(tensor, key, spec):
+            parts = [
+                _back(_to_host(leaves[part][place]), pattern, names.sizes(spec, part))
+                for part, pattern in tensor.parts
+            ]
+            host = parts[0] if len(parts) == 1 else np.concatenate(parts, tensor.dim)
+            if tensor.view:
+                host = rearrange(host, " -> ".join(reversed(tensor.view.split(" -> "))))
             if dtype:
                 host = host.astype(jnp.dtype(dtype))
-            yield name.format(i=i), np.ascontiguousarray(rearrange(host, back))
+            yield full, np.ascontiguousarray(host)
+
+
+def _back(part: np.ndarray, pattern: str, known: dict[str, int]) -> np.ndarray:
+    """A weight of ours (of one layer) in the form that it has there."""
+    pattern = " -> ".join(reversed(pattern.split(" -> ")))
+    return rearrange(part, pattern, **names.axes(pattern, known))
 
 
 def _to_host(x: Any) -> np.ndarray:

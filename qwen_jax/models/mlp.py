@@ -15,9 +15,11 @@ from qwen_jax.models import spec as spec_lib
 from qwen_jax.params import Param, normal
 
 
-def mlp_params(spec: spec_lib.Spec) -> dict[str, Param]:
-    """Stacked weights of the feed-forward blocks."""
-    layers, d, f = spec.num_layers, spec.width, spec.ffn_width
+def mlp_params(
+    spec: spec_lib.Spec, layers: int, ffn_width: int | None = None
+) -> dict[str, Param]:
+    """Weights of `layers` feed-forward blocks, stacked."""
+    d, f = spec.width, ffn_width or spec.ffn_width
     init = normal(spec.init_std)
     return {
         "gate_ldf": Param((layers, d, f), ("layers", "embed", "ffn"), init),

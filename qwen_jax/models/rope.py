@@ -4,7 +4,7 @@
 Layout: the two halves of a head rotate against each other (x1 = first half, x2 = second
 half), the layout of the published checkpoints.
 
-Shapes: positions_bt int32 -> cos_btk, sin_btk float32 with k = head width / 2;
+Shapes: positions_bt int32 -> cos_btk, sin_btk float32 with k = rotated width / 2;
 `apply` takes x_btnk with the full head width.
 Invariants: angles are always computed in float32 or wider, whatever x is.
 YaRN follows section 3 of its paper: `find_dim(rotations) = K ln(L / (2 pi r)) /
@@ -22,8 +22,8 @@ from qwen_jax.models import spec as spec_lib
 
 
 def frequencies(spec: spec_lib.Spec) -> tuple[np.ndarray, float]:
-    """(inverse frequencies [head_width / 2] float64, factor on cos and sin)."""
-    k = spec.head_width
+    """(inverse frequencies [rotary_width / 2] float64, factor on cos and sin)."""
+    k = spec.rotary_width
     plain = spec.rope_theta ** -(np.arange(0, k, 2, dtype=np.float64) / k)
     scaling = spec.rope_scaling
     if scaling is None:
@@ -58,8 +58,16 @@ def angles(spec: spec_lib.Spec, positions_bt: jax.Array) -> tuple[jax.Array, jax
 
 
 def apply(x_btnk: jax.Array, cos_btk: jax.Array, sin_btk: jax.Array) -> jax.Array:
-    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), in float32, back to x's dtype."""
-    x1, x2 = jnp.split(x_btnk.astype(cos_btk.dtype), 2, axis=-1)
+    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), in float32, back to x's dtype.
+
+    Dims of a head beyond the rotated ones stay as they are.
+    """
+    half = cos_btk.shape[-1]
+    turning = x_btnk[..., : 2 * half].astype(cos_btk.dtype)
+    x1, x2 = jnp.split(turning, 2, axis=-1)
     cos, sin = cos_btk[:, :, None, :], sin_btk[:, :, None, :]
     y = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    return y.astype(x_btnk.dtype)
+    y = y.astype(x_btnk.dtype)
+    if 2 * half == x_btnk.shape[-1]:
+        return y
+    return jnp.concatenate([y, x_btnk[..., 2 * half :]], axis=-1)

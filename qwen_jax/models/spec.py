@@ -7,7 +7,8 @@ table 1, Qwen2.5 from arXiv 2412.15115 table 1, Qwen3 from arXiv 2505.09388 tabl
 
 Units: counts; `rope_theta` is the RoPE base; `norm_eps` is added to a mean square.
 Invariants: num_heads is a multiple of num_kv_heads; window 0 means full attention;
-`windows[i]` is the window of layer i. Vocabulary sizes are the padded table sizes.
+`windows[i]` is the window of layer i; `kinds[i]` is all that makes layer i differ from
+its neighbours. Vocabulary sizes are the padded table sizes.
 Raises: ValueError from `__post_init__`, config.InputError from `get`.
 """
 
@@ -17,6 +18,9 @@ from typing import Any
 from qwen_jax import config
 
 ATTENTION = ("blockwise", "cudnn", "splash")
+MIXERS = ("attention", "delta")
+EXPERTS = ("auto", "ragged", "blocks", "capacity", "tokamax")
+EXCHANGES = ("gather", "all_to_all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +48,77 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoE:
+    """Experts in place of one feed-forward: a router picks some for each token.
+
+    ffn_width: of one expert. shared_width: of the expert that every token meets, behind
+    a gate; 0 for none. norm_topk: the picked probabilities are divided by their sum.
+    balance_coef, z_coef: weights of the load-balance loss (summed over the global
+    batch) and of the router's z-loss in training. impl, capacity_factor: see
+    `kernels/experts.py`; exchange: how tokens reach experts on other devices, see
+    `moe.py`. These three pick an implementation of the same function.
+    """
+
+    num_experts: int = 128
+    experts_per_token: int = 8
+    ffn_width: int = 768
+    shared_width: int = 0
+    norm_topk: bool = True
+    balance_coef: float = 0.001
+    z_coef: float = 0.0
+    impl: str = "auto"
+    capacity_factor: float = 1.25
+    exchange: str = "gather"
+
+    def __post_init__(self):
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token}: wanted 1 to "
+                f"num_experts={self.num_experts}"
+            )
+        if self.ffn_width < 1 or self.shared_width < 0:
+            raise ValueError(
+                f"moe.ffn_width={self.ffn_width} must be at least 1 and "
+                f"moe.shared_width={self.shared_width} at least 0"
+            )
+        if self.capacity_factor <= 0:
+            raise ValueError(f"capacity_factor={self.capacity_factor} must be above 0")
+        for name, known in (("impl", EXPERTS), ("exchange", EXCHANGES)):
+            if getattr(self, name) not in known:
+                hint = config.nearest(getattr(self, name), known)
+                raise ValueError(f"moe.{name}={getattr(self, name)!r}{hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """Gated delta rule: heads and widths of keys and values, taps of the filter."""
+
+    key_heads: int = 16
+    value_heads: int = 32
+    key_width: int = 128
+    value_width: int = 128
+    conv_taps: int = 4
+
+    def __post_init__(self):
+        if self.value_heads % self.key_heads:
+            raise ValueError(
+                f"delta.value_heads={self.value_heads} must be a multiple of "
+                f"delta.key_heads={self.key_heads}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a layer is: its mixer, the window of its attention, experts or none."""
+
+    mixer: str = "attention"
+    window: int = 0
+    sparse: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Spec:
-    """One dense Qwen. Every field is a fact about the function, none about a run,
+    """One Qwen. Every field is a fact about the function, none about a run,
     except `attention` and `reduce_dtype`, which pick an implementation of the same one.
 
     reduce_dtype: in which devices sum their parts of a gradient: "compute" (the dtype
@@ -70,6 +143,13 @@ class Spec:
     max_positions: int = 40_960
     window: int = 0
     full_layers: int = 0
+    mixers: tuple[str, ...] = ("attention",)
+    delta: Delta | None = None
+    moe: MoE | None = None
+    dense_layers: tuple[int, ...] = ()
+    output_gate: bool = False
+    rotary_share: float = 1.0
+    norm_offset: bool = False
     norm_eps: float = 1e-6
     init_std: float = 0.02
     param_dtype: str = "float32"
@@ -90,6 +170,15 @@ class Spec:
             )
         if self.head_width % 2:
             raise ValueError(f"head_width={self.head_width} must be even for RoPE")
+        if not self.mixers or set(self.mixers) - set(MIXERS):
+            raise ValueError(f"mixers={self.mixers}: wanted some of {MIXERS}")
+        if "delta" in self.mixers and self.delta is None:
+            raise ValueError("mixers name 'delta', and the group delta is not given")
+        if self.rotary_width % 2 or not 0 < self.rotary_share <= 1:
+            raise ValueError(
+                f"rotary_share={self.rotary_share} of head_width={self.head_width}: "
+                "wanted an even number of rotated dims, at most all"
+            )
         if self.attention not in ATTENTION:
             raise ValueError(
                 f"attention={self.attention!r}"
@@ -107,6 +196,28 @@ class Spec:
             )
 
     @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What each layer is. `mixers` repeats until all layers have one."""
+        return tuple(
+            Kind(
+                mixer=mixer,
+                window=self.windows[i] if mixer == "attention" else 0,
+                sparse=self.moe is not None and i not in self.dense_layers,
+            )
+            for i in range(self.num_layers)
+            for mixer in [self.mixers[i % len(self.mixers)]]
+        )
+
+    def layers_with(self, stack: str) -> tuple[int, ...]:
+        """Layers that have weights in a stack: "attention", "delta", "mlp", "moe"."""
+        return tuple(i for i, kind in enumerate(self.kinds) if stack in stacks(kind))
+
+    @property
+    def rotary_width(self) -> int:
+        """Dims of a head that turn with the position: the first ones."""
+        return int(self.head_width * self.rotary_share)
+
+    @property
     def windows(self) -> tuple[int, ...]:
         """Sliding window of each layer, 0 for full attention.
 
@@ -116,6 +227,11 @@ class Spec:
         return tuple(
             0 if i < self.full_layers else self.window for i in range(self.num_layers)
         )
+
+
+def stacks(kind: Kind) -> tuple[str, str]:
+    """The two stacks of weights that a layer of this kind takes its own from."""
+    return kind.mixer, "moe" if kind.sparse else "mlp"
 
 
 def _qwen2(width, heads, kv_heads, ffn, layers, *, tie, vocab=151_936, **kw) -> Spec:

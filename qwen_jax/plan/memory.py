@@ -82,9 +82,7 @@ def estimate(
     table = local_bytes(tables, rules, sizes, _item(spec.param_dtype))
     moments = 2 * weights if optimizer == "adamw" else weights + table
     size = _item(spec.compute_dtype)
-    layer = local_bytes(tree["layers"], _without(rules, "embed"), sizes, size) // max(
-        spec.num_layers, 1
-    )
+    layer = _largest_layer(spec, tree["layers"], _without(rules, "embed"), sizes, size)
     wide = max(size, 4) if spec.reduce_dtype == "float32" else size
     head = params.Param((spec.vocab_size, spec.width), ("vocab", "embed"))
     whole = local_bytes({"head": head}, _without(rules, "embed"), sizes, 1)
@@ -104,35 +102,89 @@ def activation_bytes_per_token(
     spec: spec_lib.Spec, rules: mesh.Rules, sizes: Mapping[str, int], remat: str
 ) -> tuple[int, int]:
     """(kept by all layers, working set of one) for one token of one device."""
+    names = decoder.saved_names(remat)
+    kept, working = 0, 0
+    for kind in spec.kinds:
+        mixer, mixing = _mixer(spec, kind.mixer, rules, sizes)
+        fed, feeding = _feed_forward(spec, kind.sparse, rules, sizes)
+        each, width = mixer | fed, spec.width * _item(spec.compute_dtype)
+        # Autodiff left alone keeps the inputs of products and of attention, too.
+        layer = (
+            sum(each.values()) + each.get("q", 0) + each.get("k", 0) + 3 * width
+            if names is None
+            else sum(each.get(name, 0) for name in names)
+        )
+        kept += layer + width
+        working = max(working, mixing + feeding)
+    return kept, working
+
+
+def _mixer(
+    spec: spec_lib.Spec, mixer: str, rules: mesh.Rules, sizes: Mapping[str, int]
+) -> tuple[dict[str, int], int]:
+    """({activation that can be kept: bytes}, working set) of one token.
+
+    The working set of the backward pass: queries, keys and values, their gradients
+    (float32 inside attention), the residual stream in float32 around the norms.
+    """
     size = _item(spec.compute_dtype)
-    heads = _ways(rules.heads, sizes)
+    heads, kv_heads = _ways(rules.heads, sizes), _ways(rules.kv_heads, sizes)
+    wide, width = (4 // size if size < 4 else 1), spec.width * size
+    if mixer == "delta":
+        delta = spec.delta
+        keys = delta.key_heads * delta.key_width * size // kv_heads
+        values = delta.value_heads * delta.value_width * size // heads
+        scalar = delta.value_heads * size // heads
+        each = {"q": keys, "k": keys, "v": values, "z": values}
+        # Keys and queries of the rule are repeated to value heads, all in float32.
+        repeated = delta.value_heads * delta.key_width * 4 // heads
+        inner = 4 * (2 * repeated + 2 * values * wide)
+        return each | {"b": scalar, "a": scalar}, inner + (4 + 2 * wide) * width
     q = spec.num_heads * spec.head_width * size // heads
-    kv = spec.num_kv_heads * spec.head_width * size // _ways(rules.kv_heads, sizes)
-    ffn = spec.ffn_width * size // _ways(rules.ffn, sizes)
-    width = spec.width * size
+    kv = spec.num_kv_heads * spec.head_width * size // kv_heads
     each = {
         "q": q,
         "k": kv,
         "v": kv,
         "attention": q,
         "attention_lse": 4 * spec.num_heads // heads,
-        "mlp_gate": ffn,
-        "mlp_up": ffn,
     }
-    names = decoder.saved_names(remat)
-    # Autodiff left alone keeps the inputs of products and of attention, too.
-    layer = (
-        sum(each.values()) + q + kv + 3 * width
-        if names is None
-        else sum(each[name] for name in names)
-    )
-    kept = spec.num_layers * (layer + width)
-    # The backward pass of a layer: gate, up, their product and the gradients of these;
-    # queries, keys and values, their gradients (float32 inside attention), the residual
-    # stream in float32 around the norms.
-    wide = 4 // size if size < 4 else 1
-    working = 6 * ffn + (4 + wide) * (q + 2 * kv) + 2 * q + (4 + 2 * wide) * width
-    return kept, working
+    gate = q if spec.output_gate else 0
+    inner = (4 + wide) * (q + 2 * kv) + 2 * q + 2 * gate + (4 + 2 * wide) * width
+    return each | {"gate": gate}, inner
+
+
+def _feed_forward(
+    spec: spec_lib.Spec, sparse: bool, rules: mesh.Rules, sizes: Mapping[str, int]
+) -> tuple[dict[str, int], int]:
+    """As `_mixer`: gate, up, their product and the gradients of these."""
+    size = _item(spec.compute_dtype)
+    ways = _ways(rules.ffn, sizes)
+    if not sparse:
+        ffn = spec.ffn_width * size // ways
+        return {"mlp_gate": ffn, "mlp_up": ffn}, 6 * ffn
+    moe, width = spec.moe, spec.width * size
+    shared = moe.shared_width * size // ways
+    picked = moe.experts_per_token * (6 * moe.ffn_width * size // ways + 3 * width)
+    each = {"mlp_gate": shared, "mlp_up": shared, "experts": width}
+    return each, 6 * shared + picked + 4 * moe.num_experts * 4
+
+
+def _largest_layer(
+    spec: spec_lib.Spec,
+    layers: dict[str, Any],
+    rules: mesh.Rules,
+    sizes: Mapping[str, int],
+    itemsize: int,
+) -> int:
+    """Bytes of one layer's weights, of the kind of layer that has most."""
+    each = {
+        stack: local_bytes(layers[stack], rules, sizes, itemsize)
+        // len(spec.layers_with(stack))
+        for stack in ("attention", "delta", "mlp", "moe")
+        if stack in layers
+    }
+    return max(sum(each[stack] for stack in spec_lib.stacks(k)) for k in spec.kinds)
 
 
 def local_bytes(

@@ -10,7 +10,8 @@ count of targets, so the result equals that of one large batch. Between devices 
 parts of a layer's gradient are summed in the compute dtype, before they are widened,
 or in float32 with model.reduce_dtype (see mesh.gather).
 Metrics (float32 scalars): loss (nats a token), bits (sum of nll in bits), bytes,
-targets, z_loss, grad_norm, lr is the caller's, skipped (0 or 1), and tokens of padding.
+targets, z_loss, grad_norm, lr is the caller's, skipped (0 or 1), and tokens of padding;
+with experts those of `router_metrics`.
 """
 
 import dataclasses
@@ -24,10 +25,15 @@ import jax.numpy as jnp
 import optax
 
 from qwen_jax import mesh
-from qwen_jax.models import decoder
+from qwen_jax.models import decoder, moe
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.train import losses
 from qwen_jax.train import state as state_lib
+
+ROUTER_METRICS = (
+    *("balance_loss", "router_z_loss"),
+    *("expert_load_max", "expert_load_min", "dropped_choices"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +49,22 @@ class StepConfig:
 def loss_fn(
     params: Any,
     batch: dict[str, jax.Array],
-    count: jax.Array,
+    whole: dict[str, jax.Array],
+    before: dict[str, jax.Array],
     *,
     spec: spec_lib.Spec,
     rules: mesh.Rules,
     config: StepConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(sum of nll + z_loss * lse^2) / count over one micro-batch, and its parts."""
-    hidden_btd = decoder.hidden(
+    """What one micro-batch adds to the loss of the step, and its sums.
+
+    (sum of nll + z_loss * lse^2) / targets, and the losses of routers: see `moe`.
+
+    Args:
+      whole: targets and tokens of the global batch.
+      before: sums over the step's earlier micro-batches.
+    """
+    hidden_btd, routed = decoder.hidden(
         spec,
         params,
         batch["tokens_bt"],
@@ -68,35 +82,79 @@ def loss_fn(
         z_coef=config.z_loss,
         rules=rules,
     )
-    return total / count, parts
+    loss = total / whole["targets"]
+    if routed is None:
+        return loss, parts
+    share = {
+        "balance": moe.balance_loss(
+            before["counts_le"] + routed["counts_e"],
+            before["routed"] + routed["tokens"][0],
+            routed["probs_e"],
+            whole["tokens"],
+        ),
+        "router_z": jnp.mean(routed["z"]) / whole["tokens"],
+    }
+    loss += spec.moe.balance_coef * share["balance"]
+    loss += spec.moe.z_coef * share["router_z"]
+    parts |= share | {
+        "counts_le": routed["counts_e"],
+        "routed": routed["tokens"][0],
+        "dropped": jnp.sum(routed["dropped"]),
+    }
+    return loss, parts
 
 
 def gradients(
     params: Any, batch: dict[str, jax.Array], *, spec, rules, config
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Gradient of the mean loss of a global batch [micro, rows, t], and its sums."""
-    count = jnp.maximum(jnp.sum(batch["mask_bt"]), 1.0)
+    whole = {"targets": jnp.maximum(jnp.sum(batch["mask_bt"]), 1.0)}
+    if spec.moe is not None:
+        real = jnp.sum(batch["segments_bt"] > 0).astype(jnp.float32)
+        every = jnp.float32(batch["segments_bt"].size)
+        whole["tokens"] = jnp.maximum(real, 1.0) if config.document_mask else every
     grad_fn = jax.grad(
         functools.partial(loss_fn, spec=spec, rules=rules, config=config), has_aux=True
     )
+    zero = no_sums(spec)
     micro = batch["mask_bt"].shape[0]
     if micro == 1:
-        grads, parts = grad_fn(params, jax.tree.map(lambda x: x[0], batch), count)
-        return grads, parts | {"targets": count}
+        part = jax.tree.map(lambda x: x[0], batch)
+        grads, parts = grad_fn(params, part, whole, zero)
+        return grads, parts | whole
 
     def body(carry, part):
-        grads, sums = grad_fn(params, part, count)
+        grads, sums = grad_fn(params, part, whole, carry[1])
         return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
-    zeros = (
-        jax.tree.map(jnp.zeros_like, params),
-        {
-            "nll": jnp.zeros(()),
-            "z": jnp.zeros(()),
-        },
-    )
+    zeros = (jax.tree.map(jnp.zeros_like, params), zero)
     (grads, parts), _ = jax.lax.scan(body, zeros, batch)
-    return grads, parts | {"targets": count}
+    return grads, parts | whole
+
+
+def no_sums(spec: spec_lib.Spec) -> dict[str, jax.Array]:
+    """The sums of a step before its first micro-batch."""
+    names = ["nll", "z"]
+    if spec.moe is None:
+        return {name: jnp.zeros(()) for name in names}
+    names += ["balance", "router_z", "routed", "dropped"]
+    shape = (len(spec.layers_with("moe")), spec.moe.num_experts)
+    return {name: jnp.zeros(()) for name in names} | {"counts_le": jnp.zeros(shape)}
+
+
+def router_metrics(
+    spec: spec_lib.Spec, parts: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """How evenly the experts were picked: 1 is even, the largest num_experts / a."""
+    mean = parts["tokens"] * spec.moe.experts_per_token / spec.moe.num_experts
+    load_le = parts["counts_le"] / jnp.maximum(mean, 1e-9)
+    return {
+        "balance_loss": parts["balance"],
+        "router_z_loss": parts["router_z"],
+        "expert_load_max": jnp.max(load_le),
+        "expert_load_min": jnp.min(load_le),
+        "dropped_choices": parts["dropped"],
+    }
 
 
 def train_step(
@@ -134,6 +192,8 @@ def train_step(
         "padding": jnp.sum(batch["segments_bt"] == 0),
         "skipped": skipped,
     }
+    if spec.moe is not None:
+        metrics |= router_metrics(spec, parts)
     if bytes_v is not None:
         metrics["bytes"] = count_bytes(batch, bytes_v)
     state = state_lib.State(state.step + 1, params, opt, state.skipped + skipped)

@@ -67,7 +67,7 @@ def test_other_prompts_change_nothing(params):
 
 
 def test_layers_apart_and_stacked_decode_alike(params):
-    apart = decoder.unstacked(params)
+    apart = decoder.unstacked(SPEC, params)
     assert len(apart["layers"]) == 3
     stacked = decode.generate(SPEC, params, PROMPTS, max_tokens=8)
     assert decode.generate(SPEC, apart, PROMPTS, max_tokens=8) == stacked

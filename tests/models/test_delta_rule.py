@@ -40,7 +40,9 @@ def test_a_row_is_the_papers_loop(name):
     inputs = draw()
     start = np.random.default_rng(1).normal(size=(B, H, K, U))
     state = delta_rule.State(jnp.asarray(start), jnp.ones((B,), jnp.int32))
-    out, state = form(name)(*map(jnp.asarray, inputs), jnp.ones((B, T), jnp.int32), state)
+    out, state = form(name)(
+        *map(jnp.asarray, inputs), jnp.ones((B, T), jnp.int32), state
+    )
     for b in range(B):
         wanted, s = oracle.one_row(*(x[b] for x in inputs), start[b])
         np.testing.assert_allclose(out[b], wanted, atol=1e-12)
@@ -103,7 +105,9 @@ def test_gradients_of_chunks_are_those_of_steps(segments, chunk):
 
     wanted = jax.grad(total, argnums=(1, 2))(delta_rule.recurrent, inputs, start)
     found = jax.grad(total, argnums=(1, 2))(chunks, inputs, start)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, wanted
+    )
 
 
 def test_strong_decay_overflows_nothing():

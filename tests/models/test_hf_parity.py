@@ -66,27 +66,88 @@ CASES = {
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     ),
 }
+EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 24,
+}
+LINEAR = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+HYBRID = ["linear_attention", "linear_attention", "full_attention"]
+CASES |= {
+    "qwen2_moe": ("Qwen2Moe", EXPERTS),
+    "qwen2_moe-mixed": (
+        "Qwen2Moe",
+        EXPERTS | {"decoder_sparse_step": 2, "norm_topk_prob": True},
+    ),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 16, "norm_topk_prob": True} | EXPERTS),
+    "qwen3_moe-raw-tied": (
+        "Qwen3Moe",
+        {"head_dim": 8, "tie_word_embeddings": True, "num_key_value_heads": 4}
+        | EXPERTS
+        | {"num_experts": 5, "num_experts_per_tok": 3, "mlp_only_layers": [1]},
+    ),
+    "qwen3_next": ("Qwen3Next", LINEAR | EXPERTS | {"layer_types": HYBRID}),
+    "qwen3_next-wide": (
+        "Qwen3Next",
+        LINEAR
+        | EXPERTS
+        | {
+            "head_dim": 32,
+            "linear_num_value_heads": 6,
+            "linear_value_head_dim": 8,
+            "num_hidden_layers": 5,
+            "layer_types": ["linear_attention", "full_attention"] * 2
+            + ["linear_attention"],
+        },
+    ),
+    "qwen3_5": ("Qwen3_5", LINEAR | {"layer_types": HYBRID}),
+    "qwen3_5-tied": (
+        "Qwen3_5",
+        LINEAR
+        | {
+            "layer_types": HYBRID[::-1],
+            "tie_word_embeddings": True,
+            "linear_num_key_heads": 4,
+            "linear_conv_kernel_dim": 3,
+        },
+    ),
+    "qwen3_5_moe": ("Qwen3_5Moe", LINEAR | EXPERTS | {"layer_types": HYBRID}),
+}
 T = 40
+
+
+def offset_norms(kind):
+    """Whether the norms multiply by one plus the weight."""
+    return kind in ("Qwen3Next", "Qwen3_5", "Qwen3_5Moe")
 
 
 def make_reference(name, tmp_path):
     """A random model in transformers, saved to a folder; returns the torch model."""
     kind, changes = CASES[name]
     settings = COMMON | changes
-    cls = getattr(transformers, f"{kind}Config")
+    text = "Text" if kind.startswith("Qwen3_5") else ""
+    cls = getattr(transformers, f"{kind}{text}Config")
     made = cls(**settings)
     torch.manual_seed(sum(map(ord, name)))
     model = getattr(transformers, f"{kind}ForCausalLM")(made).eval().float()
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if weight.ndim == 1 and "norm" in key:
-                weight.copy_(1 + 0.2 * torch.randn_like(weight))
+                middle = 0 if offset_norms(kind) and "linear" not in key else 1
+                weight.copy_(middle + 0.2 * torch.randn_like(weight))
             elif weight.ndim == 1:
                 weight.copy_(0.3 * torch.randn_like(weight))
             elif "embed_tokens" in key and not settings.get("tie_word_embeddings"):
                 weight.copy_(torch.randn_like(weight))
             else:
-                weight.copy_(torch.randn_like(weight) * weight.shape[1] ** -0.5)
+                weight.copy_(torch.randn_like(weight) * weight.shape[-1] ** -0.5)
     model.save_pretrained(tmp_path)
     return model
 
@@ -164,7 +225,7 @@ def test_loss_and_gradient_norms(pair):
         from qwen_jax import mesh
         from qwen_jax.models import decoder
 
-        hidden = decoder.hidden(spec, params, ids, loop="unroll", remat="dots")
+        hidden, _ = decoder.hidden(spec, params, ids, loop="unroll", remat="dots")
         total, _parts = losses.cross_entropy(
             hidden[:, :-1],
             decoder.head_vd(spec, params),
@@ -179,21 +240,18 @@ def test_loss_and_gradient_norms(pair):
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(value, want.item(), rtol=1e-5)
     theirs = {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}
-    flat, _ = jax.tree_util.tree_flatten_with_path(grads)
-    met = 0
-    for path, grad in flat:
-        template, _ = hf.NAMES[".".join(part.key for part in path)]
-        stacked = "{i}" in template
-        for i in range(spec.num_layers if stacked else 1):
-            mine = np.linalg.norm(np.asarray(grad[i] if stacked else grad))
-            other = theirs[template.format(i=i)].norm().item()
-            # A key's bias shifts all scores of a query alike: its gradient is zero
-            # but for rounding, so only the scale of the noise can be compared.
-            np.testing.assert_allclose(
-                mine, other, rtol=1e-4, atol=2e-6, err_msg=template
-            )
-            met += 1
-    assert met == len(theirs)
+    ours = dict(hf.named_tensors(spec, grads, fused=True))
+    assert ours.keys() == theirs.keys()
+    for key, grad in ours.items():
+        # A key's bias shifts all scores of a query alike: its gradient is zero but for
+        # rounding, so only the scale of the noise can be compared.
+        np.testing.assert_allclose(
+            np.linalg.norm(grad),
+            theirs[key].norm().item(),
+            rtol=1e-4,
+            atol=2e-6,
+            err_msg=key,
+        )
 
 
 def test_round_trip_through_transformers(pair, tmp_path):

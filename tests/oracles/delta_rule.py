@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gated delta rule of arXiv 2412.06464, in NumPy float64 loops from its equations."""
+"""The gated delta rule of arXiv 2412.06464: float64 loops from its equations."""
 
 import numpy as np
 

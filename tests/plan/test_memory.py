@@ -94,7 +94,9 @@ def residual_bytes(remat, rows=2, t=32):
         tokens = jnp.zeros((rows, t), jnp.int32)
         segments = jnp.ones((rows, t), jnp.int32)
         _, pull = jax.vjp(
-            lambda w: decoder.hidden(spec, w, tokens, segments=segments, remat=remat),
+            lambda w: decoder.hidden(spec, w, tokens, segments=segments, remat=remat)[
+                0
+            ],
             tree,
         )
         return pull

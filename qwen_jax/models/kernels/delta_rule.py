@@ -10,7 +10,8 @@ In chunks of C tokens, with G the running sum of g inside the chunk and
 D_ij = e^(G_i - G_j) for i >= j, else 0, where token j is of the segment of token i:
 
     A = I + strictly_lower((beta k k^T) D);  [U | W] = A^-1 [beta v | beta k e^G]
-    V' = U - W S;  o = (q e^G) S + ((q k^T) D) V';  S <- e^(G_C) S + (k e^(G_C - G))^T V'
+    V' = U - W S;  o = (q e^G) S + ((q k^T) D) V'
+    S <- e^(G_C) S + (k e^(G_C - G))^T V'
 
 so that all but one pass over C steps is matrix products. Differs from the source in the
 segments: a token meets the state only where the state is of its own segment, which
@@ -84,7 +85,10 @@ def recurrent(q, k, v, g, beta, segments=None, state=None):
         s, owner = carry
         q_bhk, k_bhk, v_bhu, g_bh, beta_bh, seg_b = now
         other = (seg_b > 0) & (seg_b != owner)
-        s = jnp.where(other[:, None, None, None], 0.0, s) * jnp.exp(g_bh)[..., None, None]
+        s = (
+            jnp.where(other[:, None, None, None], 0.0, s)
+            * jnp.exp(g_bh)[..., None, None]
+        )
         told = v_bhu - jnp.einsum("bhku,bhk->bhu", s, k_bhk)
         s = s + jnp.einsum("bhk,bhu->bhku", k_bhk, beta_bh[..., None] * told)
         o_bhu = jnp.einsum("bhku,bhk->bhu", s, q_bhk)
@@ -172,4 +176,3 @@ def chunked(q, k, v, g, beta, segments=None, state=None, *, chunk: int = CHUNK):
     out = jnp.moveaxis(out, 0, 1).reshape(b, count * chunk, h, -1)[:, :t]
     out = jnp.where(real[:, :, None, None], out, 0.0)
     return out.astype(out_dtype), State(s, owner)
-

@@ -20,7 +20,6 @@ Backends, chosen by `impl`:
 Raises: config.InputError for a backend that is not installed; ValueError for shapes.
 """
 
-import functools
 import math
 
 import jax
@@ -95,7 +94,9 @@ def _ragged(x_md, choice_ma, weight_ma, weights, impl):
     y = product(hidden, weights[2], sizes)
     # Rows behind the last group are nobody's; some backends leave them as they were.
     mine = jnp.arange(m * a) < jnp.sum(sizes)
-    y = jnp.where(mine[:, None], y * weight_ma.reshape(-1)[order, None].astype(y.dtype), 0)
+    y = jnp.where(
+        mine[:, None], y * weight_ma.reshape(-1)[order, None].astype(y.dtype), 0
+    )
     back = jnp.zeros_like(order).at[order].set(jnp.arange(m * a, dtype=order.dtype))
     return jnp.sum(y[back].reshape(m, a, -1), axis=1)
 
@@ -216,7 +217,9 @@ def _blocks_forward(x_md, choice_ma, weight_ma, weights, *, keep):
         up = _dot(x, weights[1][e], ((1,), (0,)))
         y = _dot(jax.nn.silu(gate) * up, weights[2][e], ((1,), (0,)))
         parts = (y, gate, up) if keep else (y,)
-        return [_put(whole, part, start) for whole, part in zip(carry, parts, strict=True)]
+        return [
+            _put(whole, part, start) for whole, part in zip(carry, parts, strict=True)
+        ]
 
     y, *kept = _each(plan, body, carry)
     return _combined(y, plan, weight_ma), (tuple(kept) if keep else None)
@@ -238,7 +241,7 @@ def _combined(rows_of, plan, weight_ma):
 def _blocks_bwd(kept, dy_md):
     """Gradients, block by block: <dy, h Wd> is <dy Wd^T, h>, so y is not kept."""
     x_md, choice_ma, weight_ma, weights, (gate_rf, up_rf) = kept
-    (m, a), (experts, d, f) = choice_ma.shape, weights[0].shape
+    (m, a), (experts, d, _) = choice_ma.shape, weights[0].shape
     plan = _plan(choice_ma, experts)
     block = plan[3]
     flat_weight = weight_ma.reshape(-1)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated DeltaNet (arXiv 2412.06464), the linear attention of Qwen3-Next and Qwen3.5.
+
+    q, k, v = silu(conv(x Wq | x Wk | x Wv)); q, k normalised to length 1, q / sqrt(k)
+    beta = sigmoid(x Wb); g = -exp(a_log) softplus(x Wa + dt_bias)
+    o = delta_rule(q, k, v, g, beta); y = (w norm(o) silu(x Wz)) Wo
+
+The convolution is causal, one filter of a few taps for each channel, and like the state
+it never reaches across a border of documents: packed rows equal separate rows.
+
+Shapes: x_btd -> y_btd. Key heads h of width k, value heads n of width u; a key head
+serves n / h neighbouring value heads. Weights q_ldhk, k_ldhk, v_ldnu, z_ldnu, b_ldn,
+a_ldn, filters conv_q_ljhk, conv_k_ljhk, conv_v_ljnu, a_log_ln, dt_bias_ln, norm_lu,
+o_lnud. Beta, g and the state are float32.
+State in, state out: `cache.Delta` has what a layer hands from one call to the next.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from qwen_jax import mesh
+from qwen_jax.models import norm
+from qwen_jax.models import spec as spec_lib
+from qwen_jax.models.kernels import delta_rule
+from qwen_jax.params import Param, normal, ones
+
+
+def _log_uniform(key, shape, dtype):
+    """log A with A uniform in (0, 16), as the source starts."""
+    return jnp.log(jax.random.uniform(key, shape, dtype, 0.01, 16.0))
+
+
+def delta_params(spec: spec_lib.Spec, layers: int) -> dict[str, Param]:
+    """Weights of `layers` gated delta blocks, stacked."""
+    delta, d = spec.delta, spec.width
+    h, n, k, u = (
+        delta.key_heads,
+        delta.value_heads,
+        delta.key_width,
+        delta.value_width,
+    )
+    init, taps = normal(spec.init_std), delta.conv_taps
+    keys, values = ("layers", "embed", "kv_heads", None), ("layers", "embed", "heads")
+    filters = normal(taps**-0.5)
+    return {
+        "q_ldhk": Param((layers, d, h, k), keys, init),
+        "k_ldhk": Param((layers, d, h, k), keys, init),
+        "v_ldnu": Param((layers, d, n, u), (*values, None), init),
+        "z_ldnu": Param((layers, d, n, u), (*values, None), init),
+        "b_ldn": Param((layers, d, n), values, init),
+        "a_ldn": Param((layers, d, n), values, init),
+        "conv_q_ljhk": Param(
+            (layers, taps, h, k), ("layers", None, "kv_heads", None), filters
+        ),
+        "conv_k_ljhk": Param(
+            (layers, taps, h, k), ("layers", None, "kv_heads", None), filters
+        ),
+        "conv_v_ljnu": Param(
+            (layers, taps, n, u), ("layers", None, "heads", None), filters
+        ),
+        "a_log_ln": Param((layers, n), ("layers", "heads"), _log_uniform),
+        "dt_bias_ln": Param((layers, n), ("layers", "heads"), ones),
+        "norm_lu": Param((layers, u), ("layers", None), ones),
+        "o_lnud": Param((layers, n, u, d), ("layers", "heads", None, "embed"), init),
+    }
+
+
+def mix(
+    p: dict[str, jax.Array],
+    x_btd: jax.Array,
+    segments_bt: jax.Array | None,
+    state: dict[str, Any] | None = None,
+    *,
+    spec: spec_lib.Spec,
+    rules: mesh.Rules,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """One layer over new tokens: (y_btd, what the next call needs).
+
+    Args:
+      p: one layer's weights.
+      x_btd: normed input.
+      segments_bt: int32, 0 for padding; None for one segment and no padding.
+      state: None at the beginning, else {"s_bnku", "q_bjhk", "k_bjhk", "v_bjnu",
+        "segments_bj"}: the matrices, and inputs of the convolution and segments of the
+        last taps - 1 real tokens of each row.
+      spec: the model.
+      rules: dims -> mesh axes.
+    """
+    if segments_bt is None:
+        ones_bt = jnp.ones(x_btd.shape[:2], jnp.int32)
+        segments_bt = mesh.reshard(ones_bt, rules.pspec("batch", None))
+    state = state or fresh(spec, x_btd.shape[0], x_btd.dtype, rules)
+    keys = rules.pspec("batch", None, "kv_heads", None)
+    values = rules.pspec("batch", None, "heads", None)
+
+    def project(name, heads, out):
+        how = {"dtype": x_btd.dtype, "reduce_dtype": spec.reduce_dtype}
+        rest = (None,) * (p[name].ndim - 2)
+        w = mesh.gather(p[name], rules, "embed", heads, *rest, **how)
+        return checkpoint_name(mesh.product(x_btd, w, out=out), name.split("_")[0])
+
+    scalar = rules.pspec("batch", None, "heads")
+    rows = rules.pspec("batch", None)
+    tails = {"q_bjhk": keys, "k_bjhk": keys, "v_bjnu": values, "segments_bj": rows}
+    layout = tails | {"s_bnku": rules.pspec("batch", "heads", None, None)}
+    weights = ("conv_q_ljhk", "conv_k_ljhk", "conv_v_ljnu", "a_log_ln", "dt_bias_ln")
+    filters = rules.pspec(None, "kv_heads", None)
+    laid = (
+        *(filters, filters, rules.pspec(None, "heads", None)),
+        *(rules.pspec("heads"),) * 2,
+    )
+
+    def run(q, k, v, b, a, segments, state, *weights):
+        weights = [mesh.vary(w, mesh.varying(q)) for w in weights]
+        return _local(q, k, v, b, a, segments, state, *weights)
+
+    run = mesh.local(
+        run,
+        inputs=(keys, keys, values, scalar, scalar, rows, layout, *laid),
+        out=(values, layout),
+    )
+    out_btnu, state = run(
+        project("q_ldhk", "kv_heads", keys),
+        project("k_ldhk", "kv_heads", keys),
+        project("v_ldnu", "heads", values),
+        project("b_ldn", "heads", scalar),
+        project("a_ldn", "heads", scalar),
+        segments_bt,
+        state,
+        *(p[name] for name in weights),
+    )
+    out_btnu = norm.rms_norm(out_btnu, p["norm_lu"], spec.norm_eps)
+    z_btnu = project("z_ldnu", "heads", values)
+    wide = jnp.promote_types(z_btnu.dtype, jnp.float32)
+    out_btnu = (out_btnu * jax.nn.silu(z_btnu.astype(wide))).astype(x_btd.dtype)
+    how = {"dtype": x_btd.dtype, "reduce_dtype": spec.reduce_dtype}
+    o_nud = mesh.gather(p["o_lnud"], rules, "heads", None, "embed", **how)
+    out = rules.pspec("batch", None, None)
+    return mesh.product(out_btnu, o_nud, inner=2, out=out), state
+
+
+def fresh(
+    spec: spec_lib.Spec, b: int, dtype: Any, rules: mesh.Rules, *layers: int
+) -> dict[str, jax.Array]:
+    """The state before the first token of `b` rows (with `layers` in front)."""
+    delta = spec.delta
+    h, n, taps = delta.key_heads, delta.value_heads, delta.conv_taps - 1
+    wide = jnp.promote_types(dtype, jnp.float32)
+    stack = tuple("layers" for _ in layers)
+
+    def zeros(*shape, dims, dtype=dtype):
+        x = jnp.zeros((*layers, *shape), dtype)
+        return mesh.reshard(x, rules.pspec(*stack, *dims))
+
+    tail = ("batch", None)
+    return {
+        "s_bnku": zeros(
+            b,
+            n,
+            delta.key_width,
+            delta.value_width,
+            dims=("batch", "heads", None, None),
+            dtype=wide,
+        ),
+        "q_bjhk": zeros(b, taps, h, delta.key_width, dims=(*tail, "kv_heads", None)),
+        "k_bjhk": zeros(b, taps, h, delta.key_width, dims=(*tail, "kv_heads", None)),
+        "v_bjnu": zeros(b, taps, n, delta.value_width, dims=(*tail, "heads", None)),
+        "segments_bj": zeros(b, taps, dims=tail, dtype=jnp.int32),
+    }
+
+
+def _local(q, k, v, b, a, segments, state, conv_q, conv_k, conv_v, a_log, dt_bias):
+    """The convolution and the rule for one device's rows and heads."""
+    t, taps = segments.shape[1], conv_q.shape[0] - 1
+    # Real tokens to the front: neighbours in the document are neighbours in the row,
+    # also where padding lies between this call's tokens and those of the last.
+    order = jnp.argsort(segments == 0, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1, stable=True)
+
+    def take(x, index):
+        return jnp.take_along_axis(
+            x, index.reshape(index.shape + (1,) * (x.ndim - 2)), 1
+        )
+
+    q, k, v, b, a, segments = (take(x, order) for x in (q, k, v, b, a, segments))
+    seen = jnp.concatenate([state["segments_bj"], segments], axis=1)
+    real = jnp.sum(segments > 0, axis=1, keepdims=True)
+    last = real + jnp.arange(taps)[None]
+
+    def conv(x, filter_jhk, tail):
+        """(silu of the causal filter, the last inputs)."""
+        x = jnp.concatenate([tail, x], axis=1)
+        y = jnp.zeros(
+            (x.shape[0], t, *x.shape[2:]), jnp.promote_types(x.dtype, "float32")
+        )
+        for j in range(taps + 1):
+            near = (seen[:, j : j + t] == segments) & (segments > 0)
+            part = x[:, j : j + t] * filter_jhk[j][None, None]
+            y = y + jnp.where(near[..., None, None], part, 0)
+        return jax.nn.silu(y), take(x, last)
+
+    q, q_tail = conv(q, conv_q, state["q_bjhk"])
+    k, k_tail = conv(k, conv_k, state["k_bjhk"])
+    v, v_tail = conv(v, conv_v, state["v_bjnu"])
+    groups = v.shape[2] // k.shape[2]
+    q, k = (jnp.repeat(_unit(x), groups, axis=2) for x in (q, k))
+    wide = v.dtype
+    beta = jax.nn.sigmoid(b.astype(wide))
+    fall = jax.nn.softplus(a.astype(wide) + dt_bias.astype(wide)[None, None])
+    g = -jnp.exp(a_log.astype(wide))[None, None] * fall
+    # taps - 1 = 0 would leave no trace of the last segment.
+    before = delta_rule.State(state["s_bnku"], state["segments_bj"][:, -1])
+    rule = delta_rule.recurrent if t == 1 else delta_rule.chunked
+    out, after = rule(q * q.shape[-1] ** -0.5, k, v, g, beta, segments, before)
+    out = take(out, back)
+    return out, {
+        "s_bnku": after.s_bhku,
+        "q_bjhk": q_tail,
+        "k_bjhk": k_tail,
+        "v_bjnu": v_tail,
+        "segments_bj": take(seen, last),
+    }
+
+
+def _unit(x):
+    """x / |x|, with 1e-6 under the root."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)

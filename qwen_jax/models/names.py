@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensor of a Hugging Face folder is which weight: one table, read both ways.
+
+A `Tensor` is a name there and the weights of ours that it holds, each with an einops
+pattern from theirs to ours. Some hold several: then `view` (einops, "" for as it is)
+brings out the dim `dim` along which they follow each other.
+
+Formats: a linear layer there is [out, in], heads joined (head-major) in one dim; here
+dims are split and the input comes first. `{i}` in a name is the layer, `{e}` the
+expert; patterns leave out the dims that these stand for. Letters as in `dims`, with the
+sizes of the layer's part: `k` is the head width of attention, in `delta` of its keys.
+Invariants: a weight has one entry in a table; with experts there are two layouts, each
+expert by itself or all fused, and the one that a folder has is read.
+"""
+
+import dataclasses
+import math
+import re
+
+from qwen_jax.models import spec as spec_lib
+
+_LAYER = "model.layers.{i}."
+_ATTENTION = _LAYER + "self_attn."
+_DELTA = _LAYER + "linear_attn."
+_MLP = _LAYER + "mlp."
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor there: its name, the weights it holds and how; see the module."""
+
+    name: str
+    parts: tuple[tuple[str, str], ...]
+    view: str = ""
+    dim: int = 0
+
+
+def _one(name: str, key: str, pattern: str) -> Tensor:
+    return Tensor(name, ((key, pattern),))
+
+
+def _swiglu(name: str, key: str) -> tuple[Tensor, ...]:
+    return (
+        _one(name + "gate_proj.weight", key + "gate_ldf", "f d -> d f"),
+        _one(name + "up_proj.weight", key + "up_ldf", "f d -> d f"),
+        _one(name + "down_proj.weight", key + "down_lfd", "d f -> f d"),
+    )
+
+
+_A = "layers.attention."
+_BASE = (
+    _one("model.embed_tokens.weight", "embed_vd", "v d -> v d"),
+    _one("model.norm.weight", "norm_d", "d -> d"),
+    _one("lm_head.weight", "head_vd", "v d -> v d"),
+    _one(_LAYER + "input_layernorm.weight", "layers.attention_norm_ld", "d -> d"),
+    _one(_LAYER + "post_attention_layernorm.weight", "layers.mlp_norm_ld", "d -> d"),
+    _one(_ATTENTION + "k_proj.weight", _A + "k_ldhk", "(h k) d -> d h k"),
+    _one(_ATTENTION + "v_proj.weight", _A + "v_ldhk", "(h k) d -> d h k"),
+    _one(_ATTENTION + "o_proj.weight", _A + "o_lnkd", "d (n k) -> n k d"),
+    _one(_ATTENTION + "q_proj.bias", _A + "q_bias_lnk", "(n k) -> n k"),
+    _one(_ATTENTION + "k_proj.bias", _A + "k_bias_lhk", "(h k) -> h k"),
+    _one(_ATTENTION + "v_proj.bias", _A + "v_bias_lhk", "(h k) -> h k"),
+    _one(_ATTENTION + "q_norm.weight", _A + "q_norm_lk", "k -> k"),
+    _one(_ATTENTION + "k_norm.weight", _A + "k_norm_lk", "k -> k"),
+    *_swiglu(_MLP, "layers.mlp."),
+    _one(_MLP + "gate.weight", "layers.moe.router_lde", "e d -> d e"),
+    *_swiglu(_MLP + "shared_expert.", "layers.moe.shared."),
+    _one(_MLP + "shared_expert_gate.weight", "layers.moe.shared_gate_ld", "1 d -> d"),
+)
+_PLAIN_QUERY = (_one(_ATTENTION + "q_proj.weight", _A + "q_ldnk", "(n k) d -> d n k"),)
+# For each head its query, then its gate.
+_GATED_QUERY = (
+    Tensor(
+        _ATTENTION + "q_proj.weight",
+        ((_A + "q_ldnk", "n k d -> d n k"), (_A + "gate_ldnk", "n k d -> d n k")),
+        view="(n c) d -> n c d",
+        dim=1,
+    ),
+)
+_M = "layers.moe."
+_EXPERTS_APART = (
+    _one(_MLP + "experts.{e}.gate_proj.weight", _M + "gate_ledf", "f d -> d f"),
+    _one(_MLP + "experts.{e}.up_proj.weight", _M + "up_ledf", "f d -> d f"),
+    _one(_MLP + "experts.{e}.down_proj.weight", _M + "down_lefd", "d f -> f d"),
+)
+_EXPERTS_FUSED = (
+    Tensor(
+        _MLP + "experts.gate_up_proj",
+        ((_M + "gate_ledf", "e f d -> e d f"), (_M + "up_ledf", "e f d -> e d f")),
+        dim=1,
+    ),
+    _one(_MLP + "experts.down_proj", _M + "down_lefd", "e d f -> e f d"),
+)
+_D = "layers.delta."
+_DELTA_BASE = (
+    Tensor(
+        _DELTA + "conv1d.weight",
+        (
+            (_D + "conv_q_ljhk", "(h k) 1 j -> j h k"),
+            (_D + "conv_k_ljhk", "(h k) 1 j -> j h k"),
+            (_D + "conv_v_ljnu", "(n u) 1 j -> j n u"),
+        ),
+    ),
+    _one(_DELTA + "A_log", _D + "a_log_ln", "n -> n"),
+    _one(_DELTA + "dt_bias", _D + "dt_bias_ln", "n -> n"),
+    _one(_DELTA + "norm.weight", _D + "norm_lu", "u -> u"),
+    _one(_DELTA + "out_proj.weight", _D + "o_lnud", "d (n u) -> n u d"),
+)
+# For each key head: its query, key, and the values and gates of its g value heads.
+_DELTA_GROUPED = (
+    Tensor(
+        _DELTA + "in_proj_qkvz.weight",
+        (
+            (_D + "q_ldhk", "h k d -> d h k"),
+            (_D + "k_ldhk", "h k d -> d h k"),
+            (_D + "v_ldnu", "h (g u) d -> d (h g) u"),
+            (_D + "z_ldnu", "h (g u) d -> d (h g) u"),
+        ),
+        view="(h c) d -> h c d",
+        dim=1,
+    ),
+    Tensor(
+        _DELTA + "in_proj_ba.weight",
+        ((_D + "b_ldn", "h g d -> d (h g)"), (_D + "a_ldn", "h g d -> d (h g)")),
+        view="(h c) d -> h c d",
+        dim=1,
+    ),
+)
+_DELTA_APART = (
+    Tensor(
+        _DELTA + "in_proj_qkv.weight",
+        (
+            (_D + "q_ldhk", "(h k) d -> d h k"),
+            (_D + "k_ldhk", "(h k) d -> d h k"),
+            (_D + "v_ldnu", "(n u) d -> d n u"),
+        ),
+    ),
+    _one(_DELTA + "in_proj_z.weight", _D + "z_ldnu", "(n u) d -> d n u"),
+    _one(_DELTA + "in_proj_b.weight", _D + "b_ldn", "n d -> d n"),
+    _one(_DELTA + "in_proj_a.weight", _D + "a_ldn", "n d -> d n"),
+)
+
+
+def table(spec: spec_lib.Spec, *, fused: bool) -> dict[str, Tensor]:
+    """{path in our tree: the tensor that holds it} for a model of this kind."""
+    tensors = (
+        *_BASE,
+        *(_GATED_QUERY if spec.output_gate else _PLAIN_QUERY),
+        *(_EXPERTS_FUSED if fused else _EXPERTS_APART),
+        *_DELTA_BASE,
+        *(_DELTA_GROUPED if spec.family == "qwen3_next" else _DELTA_APART),
+    )
+    return {key: tensor for tensor in tensors for key, _ in tensor.parts}
+
+
+def sizes(spec: spec_lib.Spec, key: str) -> dict[str, int]:
+    """What the letters of the patterns of a weight stand for."""
+    out = {"d": spec.width, "v": spec.vocab_size, "f": spec.ffn_width}
+    if key.startswith(_D):
+        delta = spec.delta
+        return out | {
+            "h": delta.key_heads,
+            "n": delta.value_heads,
+            "g": delta.value_heads // delta.key_heads,
+            "k": delta.key_width,
+            "u": delta.value_width,
+            "j": delta.conv_taps,
+        }
+    if key.startswith(_M):
+        width = spec.moe.shared_width if ".shared." in key else spec.moe.ffn_width
+        return out | {"e": spec.moe.num_experts, "f": width}
+    heads = {"n": spec.num_heads, "h": spec.num_kv_heads, "k": spec.head_width}
+    return out | heads
+
+
+def _dims(side: str) -> list[list[str]]:
+    """ "(h k) 1 j" -> [["h", "k"], ["1"], ["j"]]."""
+    found = re.findall(r"\(([^)]*)\)|(\w+)", side)
+    return [(group or single).split() for group, single in found]
+
+
+def _shape(side: str, known: dict[str, int]) -> list[int]:
+    return [
+        math.prod(int(x) if x.isdigit() else known[x] for x in group)
+        for group in _dims(side)
+    ]
+
+
+def axes(pattern: str, known: dict[str, int]) -> dict[str, int]:
+    """The sizes that einops needs to be told for a pattern."""
+    used = {x for group in _dims(pattern.partition(" -> ")[0]) for x in group}
+    return {k: v for k, v in known.items() if k in used}
+
+
+def cuts(tensor: Tensor, spec: spec_lib.Spec) -> dict[str, slice]:
+    """{weight: its stretch of `tensor.dim`}."""
+    out, start = {}, 0
+    for key, pattern in tensor.parts:
+        length = _shape(pattern.partition(" -> ")[0], sizes(spec, key))[tensor.dim]
+        out[key] = slice(start, start + length)
+        start += length
+    return out
+
+
+def shape(tensor: Tensor, spec: spec_lib.Spec) -> tuple[int, ...]:
+    """The shape of a tensor there."""
+    key, pattern = tensor.parts[0]
+    known = sizes(spec, key)
+    there = _shape(pattern.partition(" -> ")[0], known)
+    there[tensor.dim] = max(cut.stop for cut in cuts(tensor, spec).values())
+    if not tensor.view:
+        return tuple(there)
+    left, _, right = tensor.view.partition(" -> ")
+    letters = dict(zip(right.split(), there, strict=True))
+    return tuple(_shape(left, letters))
+
+
+def owners(key: str, spec: spec_lib.Spec) -> tuple[int, ...]:
+    """The layers whose tensors a stacked weight is made of, in order."""
+    stack = key.split(".")[1]
+    if stack in ("attention", "delta", "mlp", "moe"):
+        return spec.layers_with(stack)
+    return tuple(range(spec.num_layers))
+
+
+def places(tensor: Tensor, key: str, spec: spec_lib.Spec) -> list[tuple[str, tuple]]:
+    """[(name there, index into the weight of ours)] of all tensors of a weight."""
+    if "{i}" not in tensor.name:
+        return [(tensor.name, ())]
+    layers = list(enumerate(owners(key, spec)))
+    if "{e}" not in tensor.name:
+        return [(tensor.name.replace("{i}", str(i)), (row,)) for row, i in layers]
+    return [
+        (tensor.name.replace("{i}", str(i)).replace("{e}", str(e)), (row, e))
+        for row, i in layers
+        for e in range(spec.moe.num_experts)
+    ]
