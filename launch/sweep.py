@@ -85,7 +85,7 @@ class Runner:
         self.parallel = parallel
         self.submits = submits
         self.say = say
-        self.interrupted = False
+        self._signals = 0  # counted by the handler, answered in the loop
         self._deadline_s = float("inf")
         self._running: list[Started] = []
 
@@ -105,6 +105,7 @@ class Runner:
                 ):
                     self._start(waiting.pop(0))
                 time.sleep(0.05)
+                self._answer()
                 if time.monotonic() > self._deadline_s:
                     self._end_unsaved()
                 for started in list(self._running):
@@ -117,15 +118,23 @@ class Runner:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
+    @property
+    def interrupted(self) -> bool:
+        return self._signals > 0
+
     def _interrupt(self, number: int, frame: Any) -> None:
+        """Count only: the signal may have come in the midst of a print or a start."""
+        self._signals += 1
+
+    def _answer(self) -> None:
         """First signal: ask every point to save and end. Second: end them."""
-        if self.interrupted:
-            return self._end_unsaved()
-        self.interrupted = True
-        self._deadline_s = time.monotonic() + GRACE_S
-        for started in self._running:
-            started.process.terminate()
-        self.say("ending the points that run; once more to end them unsaved")
+        if self._signals and self._deadline_s == float("inf"):
+            self._deadline_s = time.monotonic() + GRACE_S
+            for started in self._running:
+                started.process.terminate()
+            self.say("ending the points that run; once more to end them unsaved")
+        if self._signals > 1:
+            self._end_unsaved()
 
     def _end_unsaved(self) -> None:
         for started in self._running:
