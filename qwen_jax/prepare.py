@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax import config, experiment, mesh, params
-from qwen_jax.models import attention, decoder, flops, hf
+from qwen_jax.models import attention, decoder, flops, hf_config
 from qwen_jax.optim import build, derive
 from qwen_jax.plan import chips, memory, micro
 from qwen_jax.train import state, step
@@ -78,7 +78,7 @@ def set_up(
             "--config.rules.* or --config.model.reduce_dtype=compute"
         )
     if exp.export:
-        hf.check_spec(spec)
+        hf_config.check_spec(spec)
     tree = decoder.decoder_params(spec)
     params.shardings(tree, device_mesh, exp.rules)  # refuses what is uneven
     ways = math.prod(device_mesh.shape[a] for a in mesh.names(exp.rules.batch))

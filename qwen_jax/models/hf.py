@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face folders in and out: config.json <-> Spec, safetensors <-> parameters.
+"""Hugging Face folders in and out: safetensors <-> parameters.
 
-One table (`names.py`) maps each weight both ways; what `save` writes, transformers
-loads.
+One table (`names.py`) maps each weight both ways, `hf_config.py` does so with
+config.json; what `save` writes, transformers loads.
 
-Formats: `model.safetensors`, or shards with `model.safetensors.index.json`. Both config
-forms are read: `rope_theta` and `rope_scaling` as published, `rope_parameters` of
-transformers 5.
+Formats: `model.safetensors`, or shards with `model.safetensors.index.json`.
 Invariants: every tensor of the files is used once or is listed as one to ignore; every
 weight of the model is filled. One stacked weight is built at a time.
-Raises: config.InputError for a folder without config.json or weights, an unknown
-architecture, a missing, surplus or misshapen tensor; no code from the folder is run.
+Raises: config.InputError for a folder without weights, a missing, surplus or misshapen
+tensor; no code from the folder is run.
 """
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
@@ -27,432 +24,12 @@ import safetensors.numpy
 from einops import rearrange
 
 from qwen_jax import config, mesh, params
-from qwen_jax.models import decoder, names
+from qwen_jax.models import decoder, hf_config, names
 from qwen_jax.models import spec as spec_lib
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What a `model_type` stands for beyond the fields of its config.json."""
-
-    architecture: str
-    model_type: str = ""  # of config.json where it is not the family's name
-    qkv_bias: bool = False
-    qk_norm: bool = True
-    new: bool = False  # from Qwen3-Next on: gates, part of a head rotated, 1 + w norms
-    sparse: bool = False
-    shared: bool = False  # an expert that every token meets
-    norm_topk: bool | None = None  # None: config.json says
-    fused: bool = False  # published with all experts in one tensor
-
-
-FAMILIES = {
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, qk_norm=False),
-    "qwen2_moe": Family(
-        "Qwen2MoeForCausalLM",
-        qkv_bias=True,
-        qk_norm=False,
-        sparse=True,
-        shared=True,
-    ),
-    "qwen3": Family("Qwen3ForCausalLM"),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", sparse=True),
-    "qwen3_next": Family("Qwen3NextForCausalLM", new=True, sparse=True, shared=True),
-    "qwen3_5": Family("Qwen3_5ForCausalLM", "qwen3_5_text", new=True),
-    "qwen3_5_moe": Family(
-        "Qwen3_5MoeForCausalLM",
-        "qwen3_5_moe_text",
-        new=True,
-        sparse=True,
-        shared=True,
-        norm_topk=True,
-        fused=True,
-    ),
-}
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
 # Buffers that some checkpoints carry and no model needs.
 IGNORED = ("rotary_emb.inv_freq",)
-
-
-def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
-    """The Spec of a published config.json.
-
-    Raises:
-      config.InputError: an architecture or option this decoder does not have.
-    """
-    if isinstance(raw.get("text_config"), dict):  # the text part of a larger model
-        raw = {"tie_word_embeddings": raw.get("tie_word_embeddings")} | {
-            k: v for k, v in raw["text_config"].items() if v is not None
-        }
-    family = raw.get("model_type", "").removesuffix("_text")
-    if family not in FAMILIES:
-        raise config.InputError(
-            f"model_type {family!r} in config.json is not supported"
-            f"{config.nearest(family, FAMILIES)}"
-        )
-    known = FAMILIES[family]
-    if raw.get("hidden_act", "silu") != "silu":
-        raise config.InputError(f"hidden_act {raw['hidden_act']!r}: wanted 'silu'")
-    sparse, dense_layers = _sparse(raw, known)
-    every = not sparse or dense_layers
-    required = (*REQUIRED, *(("intermediate_size",) if every else ()))
-    missing = [key for key in required if not isinstance(raw.get(key), int)]
-    if missing:
-        raise config.InputError(
-            f"config.json lacks {', '.join(missing)}: wanted whole numbers; is it the "
-            "file of a whole language model?"
-        )
-    heads = raw["num_attention_heads"]
-    theta, scaling = _rope(raw)
-    eos = raw.get("eos_token_id")
-    window, full_layers = _window(raw)
-    mixers, delta = _mixers(raw, known)
-    values = {
-        "family": family,
-        "vocab_size": raw["vocab_size"],
-        "width": raw["hidden_size"],
-        "num_layers": raw["num_hidden_layers"],
-        "num_heads": heads,
-        "num_kv_heads": raw.get("num_key_value_heads") or heads,
-        "head_width": raw.get("head_dim") or raw["hidden_size"] // heads,
-        "ffn_width": raw.get("intermediate_size") or 1,
-        "qkv_bias": known.qkv_bias and raw.get("qkv_bias", True),
-        "qk_norm": known.qk_norm,
-        "tie_embedding": bool(raw.get("tie_word_embeddings", False)),
-        "rope_theta": float(theta),
-        "rope_scaling": scaling,
-        "max_positions": raw.get("max_position_embeddings", 32_768),
-        "window": window,
-        "full_layers": full_layers,
-        "mixers": mixers,
-        "delta": delta,
-        "moe": sparse,
-        "dense_layers": dense_layers,
-        "output_gate": known.new,
-        "rotary_share": _rotary_share(raw) if known.new else 1.0,
-        "norm_offset": known.new,
-        "norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "init_std": raw.get("initializer_range", 0.02),
-        "bos_id": raw.get("bos_token_id"),
-        "eos_ids": tuple(eos)
-        if isinstance(eos, list)
-        else (() if eos is None else (eos,)),
-    }
-    if family != "qwen2" and raw.get("attention_bias"):
-        raise config.InputError(
-            f"attention_bias=true with {family} puts a bias on the output projection "
-            "too, which this decoder does not have"
-        )
-    if raw.get("output_gate_type", "silu") not in ("silu", "swish"):
-        raise config.InputError(
-            f"output_gate_type {raw['output_gate_type']!r}: wanted 'silu'"
-        )
-    return config.freeze(spec_lib.Spec, values | changes, at="model")
-
-
-def _sparse(
-    raw: dict[str, Any], known: Family
-) -> tuple[dict[str, Any] | None, tuple[int, ...]]:
-    """(the fields of the experts or None, layers that have none)."""
-    if not known.sparse:
-        return None, ()
-    if "num_local_experts" in raw:  # as recent releases of transformers write it
-        raw = raw | {"num_experts": raw["num_local_experts"]}
-    if raw.get("num_experts") == 0:
-        return None, ()
-    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-    missing = [key for key in keys if not isinstance(raw.get(key), int)]
-    if missing:
-        raise config.InputError(
-            f"config.json lacks {', '.join(missing)}: wanted whole numbers"
-        )
-    step, alone = raw.get("decoder_sparse_step") or 1, raw.get("mlp_only_layers") or []
-    dense = tuple(
-        i for i in range(raw["num_hidden_layers"]) if i in alone or (i + 1) % step != 0
-    )
-    norm_topk = known.norm_topk
-    if norm_topk is None:
-        norm_topk = bool(raw.get("norm_topk_prob", raw["model_type"] == "qwen3_next"))
-    moe = {
-        "num_experts": raw["num_experts"],
-        "experts_per_token": raw["num_experts_per_tok"],
-        "ffn_width": raw["moe_intermediate_size"],
-        "shared_width": (raw.get("shared_expert_intermediate_size") or 0)
-        if known.shared
-        else 0,
-        "norm_topk": norm_topk,
-        "balance_coef": raw.get("router_aux_loss_coef", 0.001),
-    }
-    return moe, dense
-
-
-def _mixers(
-    raw: dict[str, Any], known: Family
-) -> tuple[tuple[str, ...], dict[str, int] | None]:
-    """(what each layer of the shortest repeating pattern mixes with, linear sizes)."""
-    if not known.new:
-        return ("attention",), None
-    layers = raw["num_hidden_layers"]
-    every = raw.get("full_attention_interval") or 4
-    kinds = raw.get("layer_types") or [
-        "full_attention" if (i + 1) % every == 0 else "linear_attention"
-        for i in range(layers)
-    ]
-    known_kinds = {"full_attention": "attention", "linear_attention": "delta"}
-    wrong = [kind for kind in kinds if kind not in known_kinds]
-    if wrong or len(kinds) != layers:
-        raise config.InputError(
-            f"layer_types {kinds}: wanted {layers} of {', '.join(known_kinds)}"
-        )
-    mixers = tuple(known_kinds[kind] for kind in kinds)
-    period = next(
-        n for n in range(1, layers + 1) if mixers == (mixers[:n] * layers)[:layers]
-    )
-    mixers = mixers[:period]
-    if "delta" not in mixers:
-        return mixers, None
-    fields = {
-        "key_heads": "linear_num_key_heads",
-        "value_heads": "linear_num_value_heads",
-        "key_width": "linear_key_head_dim",
-        "value_width": "linear_value_head_dim",
-        "conv_taps": "linear_conv_kernel_dim",
-    }
-    return mixers, {ours: raw[key] for ours, key in fields.items() if key in raw}
-
-
-def _rotary_share(raw: dict[str, Any]) -> float:
-    share = (raw.get("rope_parameters") or {}).get("partial_rotary_factor")
-    return float(share or raw.get("partial_rotary_factor") or 0.25)
-
-
-def _rope(raw: dict[str, Any]) -> tuple[float, spec_lib.RopeScaling | None]:
-    """(theta, scaling) from either config form."""
-    new = raw.get("rope_parameters") or {}
-    old = raw.get("rope_scaling") or {}
-    theta = new.get("rope_theta") or raw.get("rope_theta") or 10_000.0
-    settings = new or old
-    kind = settings.get("rope_type") or settings.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind not in ("linear", "yarn"):
-        raise config.InputError(f"rope type {kind!r}: wanted default, linear or yarn")
-    original = settings.get("original_max_position_embeddings")
-    scaling = spec_lib.RopeScaling(
-        kind=kind,
-        factor=float(settings["factor"]),
-        original_positions=original or raw.get("max_position_embeddings", 32_768),
-        beta_fast=float(settings.get("beta_fast") or 32),
-        beta_slow=float(settings.get("beta_slow") or 1),
-        attention_factor=settings.get("attention_factor"),
-        truncate=settings.get("truncate", True),
-    )
-    for key in ("mscale", "mscale_all_dim"):
-        if settings.get(key):
-            raise config.InputError(f"rope option {key} is not a Qwen option")
-    return theta, scaling
-
-
-def _window(raw: dict[str, Any]) -> tuple[int, int]:
-    """(window, number of first layers that see everything)."""
-    layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
-    if not raw.get("use_sliding_window") or not window:
-        return 0, 0
-    kinds = raw.get("layer_types")
-    if not kinds:
-        return window, min(raw.get("max_window_layers", layers), layers)
-    full = next((i for i, x in enumerate(kinds) if x != "full_attention"), layers)
-    if any(x != "sliding_attention" for x in kinds[full:]):
-        raise config.InputError(
-            f"layer_types {kinds}: wanted full layers first, then sliding ones"
-        )
-    return (window, full) if full < layers else (0, 0)
-
-
-def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
-    """config.json of a Spec, in the published form, which every release reads."""
-    known = FAMILIES[spec.family]
-    raw = {
-        "architectures": [known.architecture],
-        "model_type": known.model_type or spec.family,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "hidden_size": spec.width,
-        "initializer_range": spec.init_std,
-        "intermediate_size": spec.ffn_width,
-        "max_position_embeddings": spec.max_positions,
-        "max_window_layers": spec.full_layers if spec.window else spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_hidden_layers": spec.num_layers,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_width,
-        "rms_norm_eps": spec.norm_eps,
-        "rope_theta": spec.rope_theta,
-        "rope_scaling": None,
-        "sliding_window": spec.window or None,
-        "use_sliding_window": bool(spec.window),
-        "tie_word_embeddings": spec.tie_embedding,
-        "torch_dtype": spec.param_dtype,
-        "use_cache": True,
-        "vocab_size": spec.vocab_size,
-    }
-    if spec.family not in ("qwen2", "qwen2_moe"):
-        raw["attention_bias"] = False
-    if spec.family == "qwen2_moe":
-        raw["qkv_bias"] = spec.qkv_bias
-    if known.new:
-        raw |= _new_config(spec)
-    if spec.moe is not None:
-        raw |= _moe_config(spec)
-    if spec.bos_id is not None:
-        raw["bos_token_id"] = spec.bos_id
-    if spec.eos_ids:
-        one = len(spec.eos_ids) == 1
-        raw["eos_token_id"] = spec.eos_ids[0] if one else list(spec.eos_ids)
-    if spec.rope_scaling is not None:
-        scaling = spec.rope_scaling
-        raw["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "yarn":
-            raw["rope_scaling"] |= {
-                "original_max_position_embeddings": scaling.original_positions,
-                "beta_fast": scaling.beta_fast,
-                "beta_slow": scaling.beta_slow,
-                "truncate": scaling.truncate,
-            }
-            if scaling.attention_factor is not None:
-                raw["rope_scaling"]["attention_factor"] = scaling.attention_factor
-    return raw
-
-
-def _new_config(spec: spec_lib.Spec) -> dict[str, Any]:
-    """What config.json says of gated and linear layers."""
-    kinds = {"attention": "full_attention", "delta": "linear_attention"}
-    rope = {"rope_type": "default", "rope_theta": spec.rope_theta}
-    raw = {
-        "layer_types": [kinds[kind.mixer] for kind in spec.kinds],
-        "partial_rotary_factor": spec.rotary_share,
-        "rope_parameters": rope | {"partial_rotary_factor": spec.rotary_share},
-    }
-    if spec.delta is not None:
-        raw |= {
-            "linear_num_key_heads": spec.delta.key_heads,
-            "linear_num_value_heads": spec.delta.value_heads,
-            "linear_key_head_dim": spec.delta.key_width,
-            "linear_value_head_dim": spec.delta.value_width,
-            "linear_conv_kernel_dim": spec.delta.conv_taps,
-        }
-    return raw
-
-
-def _moe_config(spec: spec_lib.Spec) -> dict[str, Any]:
-    """What config.json says of experts."""
-    raw = {
-        "num_experts": spec.moe.num_experts,
-        "num_experts_per_tok": spec.moe.experts_per_token,
-        "moe_intermediate_size": spec.moe.ffn_width,
-        "norm_topk_prob": spec.moe.norm_topk,
-        "router_aux_loss_coef": spec.moe.balance_coef,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(spec.dense_layers),
-    }
-    if spec.moe.shared_width:
-        raw["shared_expert_intermediate_size"] = spec.moe.shared_width
-    return raw
-
-
-def check_spec(spec: spec_lib.Spec) -> None:
-    """Refuse a Spec whose function its own config.json would not tell.
-
-    A family stands for switches that the file does not have: what reads it would build
-    another model, and leave out or miss weights.
-
-    Raises:
-      config.InputError: naming the fields, what the file says instead, and the fix.
-    """
-    if spec.family not in FAMILIES:
-        raise config.InputError(
-            f"model.family={spec.family!r} has no published form"
-            f"{config.nearest(spec.family, FAMILIES)}; set --config.model.family, "
-            "or --config.export=false"
-        )
-    wrong = _told_otherwise(spec)
-    if not wrong:
-        return
-    fitting = [
-        family
-        for family in FAMILIES
-        if not _told_otherwise(dataclasses.replace(spec, family=family))
-    ]
-    fixes = [f"--config.model.family={family}" for family in fitting] or [
-        " ".join(f"--config.model.{name}={told}" for name, (_, told) in wrong.items())
-    ]
-    listed = ", ".join(f"{k} is {old}, there {new}" for k, (old, new) in wrong.items())
-    raise config.InputError(
-        f"config.json of a {spec.family} would tell of another model than this one: "
-        f"{listed}; set {' or '.join(fixes)}, or --config.export=false to train "
-        "without a Hugging Face folder at the end"
-    )
-
-
-def _told_otherwise(spec: spec_lib.Spec) -> dict[str, tuple[Any, Any]]:
-    """{field: (here, as read from config_of)} where the function differs."""
-    here, there = map(_function, (spec, spec_from_config(config_of(spec))))
-    return {k: (here[k], there[k]) for k in here if here[k] != there[k]}
-
-
-def _function(spec: spec_lib.Spec) -> dict[str, Any]:
-    """The fields that decide logits; those that say the same in two ways as one."""
-    none = (
-        "param_dtype",
-        "compute_dtype",
-        "reduce_dtype",
-        "attention",
-        "init_std",
-        "bos_id",
-        "eos_ids",
-    )
-    names = [f.name for f in dataclasses.fields(spec) if f.name not in none]
-    scaling = spec.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        scaling = ("linear", scaling.factor)  # and nothing else of it
-    # Several ways to say what the layers are: window=0 and full_layers=num_layers are
-    # both full attention, patterns may be written once or more often.
-    kinds = {"kinds": spec.kinds, "window": 0, "full_layers": 0, "mixers": ()}
-    sparse = len(spec.layers_with("mlp")) == 0
-    moe = spec.moe and (spec.moe.experts_per_token, spec.moe.norm_topk)
-    one = {"rope_scaling": scaling, "moe": moe, "dense_layers": ()} | kinds
-    if sparse:
-        one["ffn_width"] = 0
-    return {name: getattr(spec, name) for name in names} | one
-
-
-def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
-    """config.json of a model folder.
-
-    Raises:
-      config.InputError: no such folder, no config.json in it, not JSON.
-    """
-    folder = pathlib.Path(folder)
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise config.InputError(f"model folder {str(folder)!r} does not exist")
-    if not path.is_file():
-        raise config.InputError(
-            f"{folder} has no config.json: wanted a Hugging Face model folder "
-            "(config.json and *.safetensors)"
-        )
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise config.InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise config.InputError(f"{path} holds no JSON object, which it should")
-    return raw
 
 
 class _Tensors:
@@ -560,10 +137,10 @@ def load(
       config.InputError: see the module docstring.
     """
     folder = pathlib.Path(folder)
-    raw = read_config(folder)
+    raw = hf_config.read_config(folder)
     dtype = dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32"
     changes = {"param_dtype": dtype, "compute_dtype": dtype} | changes
-    spec = spec_from_config(raw, **changes)
+    spec = hf_config.spec_from_config(raw, **changes)
     tensors = check(folder, spec)
     table = _table(tensors, spec)
     tree = decoder.decoder_params(spec)
@@ -636,9 +213,9 @@ def save(
     Raises:
       config.InputError: config.json cannot tell what the Spec computes.
     """
-    check_spec(spec)
+    hf_config.check_spec(spec)
     folder = pathlib.Path(folder)
-    fused = FAMILIES[spec.family].fused
+    fused = hf_config.FAMILIES[spec.family].fused
     named = named_tensors(spec, weights, fused=fused, dtype=dtype)
     if jax.process_index() != 0:
         for _ in named:  # takes part in the gathers
@@ -658,7 +235,7 @@ def save(
             index["weight_map"] |= dict.fromkeys(held, final)
         text = json.dumps(index, indent=1, sort_keys=True)
         (folder / "model.safetensors.index.json").write_text(text)
-    raw = config_of(spec)
+    raw = hf_config.config_of(spec)
     raw["torch_dtype"] = dtype or spec.param_dtype
     (folder / "config.json").write_text(
         json.dumps(raw, indent=2, sort_keys=True) + "\n"

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from qwen_jax import config, models
-from qwen_jax.models import decoder, flops, hf
+from qwen_jax.models import decoder, flops, hf_config
 from qwen_jax.models import spec as spec_lib
 
 # Weights of the published checkpoints (the sum over their safetensors files, a tied
@@ -47,7 +47,7 @@ def test_published_totals(name):
 def test_as_many_weights_as_transformers_makes_of_the_configuration(name):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    raw = hf.config_of(spec_lib.get(name))
+    raw = hf_config.config_of(spec_lib.get(name))
     kind = {"qwen2": "Qwen2", "qwen3": "Qwen3"}[raw["model_type"]]
     settings = getattr(transformers, f"{kind}Config")(**raw)
     with torch.device("meta"):
@@ -74,7 +74,7 @@ def test_a_published_size_is_told_by_its_config(name):
         {"full_layers": 3},  # no window
         {"head_width": 6, "norm_eps": 1e-5, "rope_theta": 5e5, "max_positions": 77},
     ):
-        hf.check_spec(dataclasses.replace(spec_lib.get(name), **changes))
+        hf_config.check_spec(dataclasses.replace(spec_lib.get(name), **changes))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_model_that_a_config_cannot_tell_is_refused(
 ):
     spec = spec_lib.get(name, **changes)
     with pytest.raises(config.InputError) as caught:
-        hf.check_spec(spec)
+        hf_config.check_spec(spec)
     assert told in str(caught.value) and fix in str(caught.value)
     with pytest.raises(config.InputError):
         models.save(spec, {}, tmp_path / "model")

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse and hybrid models: the same logits and gradients on every mesh, cached or not."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax import mesh, models, params
+from qwen_jax.models import cache as cache_lib
+from qwen_jax.models import decoder
+from qwen_jax.models import spec as spec_lib
+from qwen_jax.train import step
+
+COMMON = {
+    "vocab_size": 64,
+    "width": 32,
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "head_width": 8,
+    "ffn_width": 48,
+    "max_positions": 128,
+    "init_std": 0.2,
+}
+EXPERTS = spec_lib.MoE(
+    num_experts=8, experts_per_token=2, ffn_width=24, shared_width=16, z_coef=1e-3
+)
+HYBRID = {
+    "mixers": ("delta", "delta", "delta", "attention"),
+    "delta": spec_lib.Delta(4, 8, 8, 8),
+    "output_gate": True,
+    "norm_offset": True,
+    "rotary_share": 0.5,
+}
+SPECS = {
+    "moe": spec_lib.Spec(**COMMON, moe=EXPERTS, dense_layers=(1,)),
+    "hybrid": spec_lib.Spec(**COMMON, **HYBRID),
+    "hybrid moe": spec_lib.Spec(**COMMON | HYBRID, moe=EXPERTS),
+}
+MESHES = {
+    "fsdp 2, tensor 2, expert 2": (1, 2, 2, 2),
+    "data 2, expert 4": (2, 1, 1, 4),
+    "tensor 4": (1, 1, 4, 1),
+    "fsdp 8": (1, 8, 1, 1),
+}
+B, T = 8, 24
+
+
+@functools.cache
+def weights(name):
+    return jax.tree.map(np.asarray, models.init(SPECS[name], 1))
+
+
+def rows(seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 64, (B, T)).astype(np.int32)
+    segments = np.ones((B, T), np.int32)
+    segments[1, :5], segments[1, 14:] = 0, 2
+    segments[2, 9:], segments[2, 20:] = 4, 0
+    return tokens, segments
+
+
+def batch(seed=0):
+    tokens, segments = rows(seed)
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    arrays = {
+        "tokens_bt": tokens,
+        "targets_bt": np.roll(tokens, -1, axis=1),
+        "positions_bt": positions,
+        "segments_bt": segments,
+        "mask_bt": (segments > 0).astype(np.float32),
+    }
+    return {k: np.ascontiguousarray(v)[None] for k, v in arrays.items()}
+
+
+def laid(spec, name, sizes):
+    """(mesh, weights on it)."""
+    device_mesh = mesh.make(mesh.MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
+    tree = decoder.decoder_params(spec)
+    layout = params.shardings(tree, device_mesh, mesh.Rules())
+    return device_mesh, jax.tree.map(jax.device_put, weights(name), layout)
+
+
+def gradients(spec, name, sizes, micro=1, **how):
+    """(gradients, sums) of a step's batch on a mesh."""
+    rules = mesh.Rules()
+    device_mesh, tree = laid(spec, name, sizes)
+    arrays = {
+        k: x.reshape(micro, B // micro, T) for k, x in batch().items()
+    }
+    place = mesh.sharding(device_mesh, jax.P(None, *rules.pspec("batch", None)))
+    with jax.set_mesh(device_mesh):
+        arrays = jax.device_put(arrays, place)
+        run = functools.partial(
+            step.gradients, spec=spec, rules=rules, config=step.StepConfig(**how)
+        )
+        return jax.tree.map(np.asarray, jax.jit(run)(tree, arrays))
+
+
+@functools.cache
+def alone(name):
+    return gradients(SPECS[name], name, (1, 1, 1, 1))
+
+
+def close(found, wanted, **more):
+    flat, _ = jax.tree_util.tree_flatten_with_path(wanted)
+    for (path, one), other in zip(flat, jax.tree.leaves(found), strict=True):
+        size = np.abs(one).max()
+        np.testing.assert_allclose(
+            other, one, atol=2e-5 * size + 1e-7, err_msg=str(path), **more
+        )
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("name", SPECS)
+def test_gradients_on_meshes(name, sizes):
+    grads, sums = gradients(SPECS[name], name, sizes)
+    wanted, told = alone(name)
+    close(sums, told)
+    close(grads, wanted)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1, 4), (1, 2, 2, 2)])
+def test_tokens_sent_to_experts_are_those_gathered(sizes):
+    spec = SPECS["moe"]
+    moe = dataclasses.replace(spec.moe, exchange="all_to_all", capacity_factor=8.0)
+    grads, sums = gradients(dataclasses.replace(spec, moe=moe), "moe", sizes)
+    wanted, told = alone("moe")
+    assert sums["dropped"] == 0
+    close(sums, told)
+    close(grads, wanted)
+
+
+def test_what_does_not_fit_on_the_way_is_counted():
+    spec = SPECS["moe"]
+    moe = dataclasses.replace(spec.moe, exchange="all_to_all", capacity_factor=0.5)
+    _, sums = gradients(dataclasses.replace(spec, moe=moe), "moe", (2, 1, 1, 4))
+    assert 0 < sums["dropped"] < np.sum(sums["counts_le"]) * 0.8
+    np.testing.assert_array_equal(sums["routed"], alone("moe")[1]["routed"])
+
+
+@pytest.mark.parametrize("loop", ["scan", "unroll"])
+@pytest.mark.parametrize("name", SPECS)
+def test_loops_and_remat_change_nothing(name, loop):
+    for remat in ("none", "dots", "full"):
+        grads, sums = gradients(SPECS[name], name, (1, 1, 1, 1), loop=loop, remat=remat)
+        close(grads, alone(name)[0])
+        close(sums, alone(name)[1])
+
+
+def test_the_balance_loss_is_of_the_global_batch():
+    """From counts and mean probabilities over all real tokens, by hand."""
+    spec = SPECS["moe"]
+    tokens, segments = rows()
+    _, routed = decoder.hidden(spec, weights("moe"), tokens, segments=segments)
+    real = float((segments > 0).sum())
+    np.testing.assert_array_equal(routed["tokens"], [real] * 3)
+    counts, probs = np.asarray(routed["counts_e"]), np.asarray(routed["probs_e"])
+    np.testing.assert_allclose(counts.sum(1), 2 * real)
+    np.testing.assert_allclose(probs.sum(1), real, rtol=1e-5)
+    wanted = np.mean(np.sum(8 * counts / real * probs / real, axis=1))
+    np.testing.assert_allclose(alone("moe")[1]["balance"], wanted, rtol=1e-5)
+
+
+def test_micro_batches_count_what_was_seen_so_far():
+    grads, sums = gradients(SPECS["moe"], "moe", (1, 1, 1, 1), micro=2)
+    _, told = alone("moe")
+    np.testing.assert_array_equal(sums["counts_le"], told["counts_le"])
+    assert sums["routed"] == told["routed"]
+    np.testing.assert_allclose(sums["nll"], told["nll"], rtol=1e-5)
+    # The second half meets the counts of both, the first those of itself.
+    assert sums["balance"] == pytest.approx(told["balance"], rel=0.1)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "a list of layers"])
+@pytest.mark.parametrize("name", SPECS)
+def test_cached_decoding_is_the_full_forward(name, listed):
+    """Left and right padding, a prefill in two parts, then one token at a time."""
+    spec, tree = SPECS[name], weights(name)
+    tokens, _ = rows(3)
+    real = np.ones((B, T), np.int32)
+    real[0, :7], real[1, :2], real[2, 8:16], real[3, 12:16] = 0, 0, 0, 0
+    wanted = [
+        models.forward(spec, tree, tokens[b : b + 1, real[b] > 0])[0] for b in range(B)
+    ]
+    held = decoder.unstacked(spec, tree) if listed else tree
+    cache = cache_lib.init(spec, B, T)
+    run = jax.jit(
+        lambda p, x, c, s: models.forward(spec, p, x, cache=c, segments=s)
+    )
+    parts, start = [], 0
+    for stop in (10, 16, *range(17, T + 1)):
+        part = slice(start, stop)
+        logits, cache = run(held, tokens[:, part], cache, real[:, part])
+        parts.append(logits)
+        start = stop
+    found = np.concatenate(parts, axis=1)
+    for b in range(B):
+        np.testing.assert_allclose(found[b, real[b] > 0], wanted[b], atol=3e-4)
+
+
+@pytest.mark.parametrize("name", ["moe", "hybrid moe"])
+def test_a_mesh_decodes_alike(name):
+    spec = SPECS[name]
+    tokens, _ = rows(4)
+    device_mesh, tree = laid(spec, name, (1, 2, 2, 2))
+    rules = mesh.Rules()
+
+    def run(tree, tokens):
+        cache = cache_lib.init(spec, B, T, rules)
+        first, cache = models.forward(spec, tree, tokens[:, :9], cache=cache, rules=rules)
+        second, _ = models.forward(spec, tree, tokens[:, 9:10], cache=cache, rules=rules)
+        return jnp.concatenate([first, second], axis=1)
+
+    wanted = models.forward(spec, weights(name), tokens[:, :10])
+    with jax.set_mesh(device_mesh):
+        place = mesh.sharding(device_mesh, rules.pspec("batch", None))
+        found = jax.jit(run)(tree, jax.device_put(tokens, place))
+    np.testing.assert_allclose(found, wanted, atol=3e-4)
