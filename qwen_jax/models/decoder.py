@@ -436,7 +436,7 @@ def hidden_cached(
         def body(x, now, stretch=stretch):
             layers, held = now
             used, new = dict.fromkeys(held, 0), {k: [] for k in held}
-            tail_bj = cache.tail_segments_bj
+            tail_bj = tails[-1]
             for kind, p in zip(stretch.kinds, layers, strict=True):
                 i = used[kind.mixer]
                 mine = jax.tree.map(lambda x, i=i: x[i], held[kind.mixer])

@@ -13,6 +13,7 @@ tensor; no code from the folder is run.
 
 import json
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,8 @@ from qwen_jax.models import spec as spec_lib
 
 # Buffers that some checkpoints carry and no model needs.
 IGNORED = ("rotary_emb.inv_freq",)
+# Parts of published models that the text model does without; counted, never silent.
+OTHER_PARTS = ("mtp.", "model.visual.", "visual.")
 
 
 class _Tensors:
@@ -53,13 +56,15 @@ class _Tensors:
                     "or a stand-in of a version control system: copy it anew"
                 ) from error
             self._open[path] = handle
-            for name in handle.keys():
+            for there in handle.keys():
+                # The text part of a vision-language model has a prefix of its own.
+                name = there.replace("model.language_model.", "model.", 1)
                 if name in self._where:
                     raise config.InputError(
-                        f"tensor {name!r} is in {self._where[name].name} and in "
+                        f"tensor {name!r} is in {self._where[name][0].name} and in "
                         f"{path.name}"
                     )
-                self._where[name] = path
+                self._where[name] = path, there
         self.names = set(self._where)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -70,11 +75,13 @@ class _Tensors:
                 f"{config.nearest(name, list(self._where)[:500])}; the folder is of "
                 "another model than its config.json, or not whole"
             )
-        return tuple(self._open[self._where[name]].get_slice(name).get_shape())
+        path, there = self._where[name]
+        return tuple(self._open[path].get_slice(there).get_shape())
 
     def get(self, name: str) -> np.ndarray:
         """The tensor."""
-        return self._open[self._where[name]].get_tensor(name)
+        path, there = self._where[name]
+        return self._open[path].get_tensor(there)
 
 
 def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
@@ -102,6 +109,14 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
                 )
             used.add(full)
     left = [n for n in tensors.names - used if not n.endswith(IGNORED)]
+    parts = [n for n in left if n.startswith(OTHER_PARTS)]
+    if parts:
+        print(
+            f"note: {folder}: {len(parts)} tensors of other parts than the text model "
+            f"are left out: {', '.join(sorted({n.split('.')[0] for n in parts}))}",
+            file=sys.stderr,
+        )
+    left = [n for n in left if not n.startswith(OTHER_PARTS)]
     if left:
         raise config.InputError(
             f"{folder}: {len(left)} tensors belong to no weight of a "

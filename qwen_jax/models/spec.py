@@ -2,7 +2,7 @@
 """What a Qwen is: one frozen record of sizes and switches, and the published sizes.
 
 Source: config.json of the published checkpoints; sizes of Qwen2 from arXiv 2407.10671
-table 1, Qwen2.5 from arXiv 2412.15115 table 1, Qwen3 from arXiv 2505.09388 table 1.
+table 1, Qwen2.5 from arXiv 2412.15115 table 1, Qwen3 from arXiv 2505.09388.
 `head_width` is the explicit `head_dim` of Qwen3 (128) and width / heads before it.
 
 Units: counts; `rope_theta` is the RoPE base; `norm_eps` is added to a mean square.
@@ -267,6 +267,28 @@ def _qwen3(width, heads, kv_heads, ffn, layers, *, tie) -> Spec:
     )
 
 
+def _qwen3_moe(width, heads, kv_heads, ffn, expert, layers, *, theta=1e6) -> Spec:
+    """Qwen3 with 128 experts, of which a token meets 8."""
+    return dataclasses.replace(
+        _qwen3(width, heads, kv_heads, ffn, layers, tie=False),
+        family="qwen3_moe",
+        rope_theta=theta,
+        moe=MoE(num_experts=128, experts_per_token=8, ffn_width=expert),
+    )
+
+
+_HYBRID = {
+    "mixers": ("delta", "delta", "delta", "attention"),
+    "head_width": 256,
+    "output_gate": True,
+    "rotary_share": 0.25,
+    "norm_offset": True,
+    "rope_theta": 1e7,
+    "max_positions": 262_144,
+    "eos_ids": (151_645, 151_643),
+}
+
+
 NAMED: dict[str, Spec] = {
     # Qwen2, arXiv 2407.10671 table 1.
     "qwen2-0.5b": _qwen2(896, 14, 2, 4864, 24, tie=True),
@@ -288,6 +310,28 @@ NAMED: dict[str, Spec] = {
     "qwen3-8b": _qwen3(4096, 32, 8, 12288, 36, tie=False),
     "qwen3-14b": _qwen3(5120, 40, 8, 17408, 40, tie=False),
     "qwen3-32b": _qwen3(5120, 64, 8, 25600, 64, tie=False),
+    # Qwen3 with experts, arXiv 2505.09388 table 2.
+    "qwen3-30b-a3b": _qwen3_moe(2048, 32, 4, 6144, 768, 48),
+    "qwen3-235b-a22b": _qwen3_moe(4096, 64, 4, 12288, 1536, 94),
+    # Qwen2 with experts, arXiv 2407.10671 table 1.
+    "qwen2-57b-a14b": dataclasses.replace(
+        _qwen2(3584, 28, 4, 18944, 28, tie=False, vocab=151_936),
+        family="qwen2_moe",
+        moe=MoE(64, 8, 2560, shared_width=20_480, norm_topk=False),
+    ),
+    # Qwen3-Next, config.json of the published checkpoint.
+    "qwen3-next-80b-a3b": Spec(
+        family="qwen3_next",
+        width=2048,
+        num_layers=48,
+        num_heads=16,
+        num_kv_heads=2,
+        ffn_width=5120,
+        tie_embedding=False,
+        delta=Delta(),
+        moe=MoE(512, 10, 512, shared_width=512),
+        **_HYBRID,
+    ),
 }
 
 

@@ -303,3 +303,26 @@ def test_wrong_tensors_are_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(config.InputError, match="cannot be read"):
         models.load(tmp_path)
+
+
+def test_the_text_part_of_a_larger_model_is_found(tmp_path, capsys):
+    """As Qwen3.5 is published: a prefix, vision and prediction heads beside it."""
+    reference = make_reference("qwen3_5", tmp_path)
+    whole = dict(reference.state_dict())
+    renamed = {
+        k.replace("model.", "model.language_model.", 1): v.contiguous()
+        for k, v in whole.items()
+    }
+    more = {"mtp.fc.weight": torch.ones(2, 2), "model.visual.x": torch.ones(3)}
+    from safetensors.torch import save_file
+
+    save_file(renamed | more, tmp_path / "model.safetensors")
+    raw = json.loads((tmp_path / "config.json").read_text())
+    outer = {"model_type": "qwen3_5", "text_config": raw, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    spec, params = models.load(tmp_path, dtype="float32")
+    told = capsys.readouterr().err
+    assert "2 tensors of other parts than the text model are left out: model, mtp" in told
+    ids = tokens(1)
+    got = models.forward(spec, params, ids)
+    np.testing.assert_allclose(got, reference_logits(reference, ids), atol=1e-4)

@@ -188,3 +188,19 @@ def test_sizes_that_make_no_model(change, told):
 def test_an_unknown_size_gets_the_nearest():
     with pytest.raises(config.InputError, match=r"did you mean 'qwen3-8b'"):
         spec_lib.get("qwen3-8B")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active"),
+    [
+        # Published as 30.5B and 3.3B, 235B and 22B, 57.4B and 14B, 80B and 3B.
+        ("qwen3-30b-a3b", 30.53, 3.35),
+        ("qwen3-235b-a22b", 235.09, 22.2),
+        ("qwen2-57b-a14b", 57.41, 14.2),
+        ("qwen3-next-80b-a3b", 79.67, 3.9),
+    ],
+)
+def test_weights_that_a_token_meets(name, billions, active):
+    spec = spec_lib.get(name)
+    assert flops.num_params(spec) / 1e9 == pytest.approx(billions, abs=0.1)
+    assert flops.num_active(spec) / 1e9 == pytest.approx(active, rel=0.03)

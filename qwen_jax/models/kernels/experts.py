@@ -64,8 +64,12 @@ def apply(
         )
     if impl == "auto":
         impl = "blocks" if jax.default_backend() == "cpu" else "ragged"
-    weights = (gate_edf, up_edf, down_efd)
-    zero = mesh.vary(jnp.zeros((), jnp.float32), mesh.varying(x_md))
+    # Results differ along every axis along which an input does; so do the cotangents of
+    # all inputs, and what an input did not differ along is summed where it came from.
+    inputs = (x_md, choice_ma, weight_ma, gate_edf, up_edf, down_efd)
+    near = frozenset().union(*(mesh.varying(x) for x in inputs))
+    x_md, choice_ma, weight_ma, *weights = (mesh.vary(x, near) for x in inputs)
+    zero = mesh.vary(jnp.zeros((), jnp.float32), near)
     if impl == "capacity":
         return _capacity(x_md, choice_ma, weight_ma, weights, capacity_factor)
     if impl == "blocks":
@@ -184,10 +188,9 @@ def _each(plan, body, carry):
     return jax.lax.fori_loop(0, starts.shape[0], expert, carry)
 
 
-def _zeros(shape, dtype, *like):
+def _zeros(shape, dtype, like):
     """Zeros that vary over the mesh axes of `like`, for a loop's carry."""
-    near = frozenset().union(*(mesh.varying(x) for x in like))
-    return mesh.vary(jnp.zeros(shape, dtype), near)
+    return mesh.vary(jnp.zeros(shape, dtype), mesh.varying(like))
 
 
 def _put(x, rows, start):
@@ -206,10 +209,9 @@ def _blocks_forward(x_md, choice_ma, weight_ma, weights, *, keep):
     (m, a), (experts, d, f) = choice_ma.shape, weights[0].shape
     plan = _plan(choice_ma, experts)
     block = plan[3]
-    like = (x_md, choice_ma, weights[0])
-    carry = [_zeros((m * a + block, d), x_md.dtype, *like)]
+    carry = [_zeros((m * a + block, d), x_md.dtype, x_md)]
     if keep:
-        carry += [_zeros((m * a + block, f), x_md.dtype, *like) for _ in range(2)]
+        carry += [_zeros((m * a + block, f), x_md.dtype, x_md) for _ in range(2)]
 
     def body(carry, e, start, rows, mine):
         x = x_md[rows // a]
@@ -245,11 +247,10 @@ def _blocks_bwd(kept, dy_md):
     plan = _plan(choice_ma, experts)
     block = plan[3]
     flat_weight = weight_ma.reshape(-1)
-    like = (x_md, choice_ma, weights[0], dy_md)
     carry = [
-        _zeros((m * a + block, d), x_md.dtype, *like),
-        _zeros((m * a + block,), weight_ma.dtype, *like),
-        *(_zeros(w.shape, w.dtype, *like) for w in weights),
+        _zeros((m * a + block, d), x_md.dtype, x_md),
+        _zeros((m * a + block,), weight_ma.dtype, x_md),
+        *(_zeros(w.shape, w.dtype, x_md) for w in weights),
     ]
 
     def body(carry, e, start, rows, mine):
