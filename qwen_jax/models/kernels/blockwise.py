@@ -194,10 +194,15 @@ def _mask(scores, seen):
     return jnp.where(jnp.broadcast_to(seen, scores.shape), scores, NEG)
 
 
-def _exp(scores, lse, seen):
-    """exp(scores - lse), zero where masked (also in rows where nothing is seen)."""
-    p = jnp.exp(scores - lse[..., None])
-    return p if seen is None else jnp.where(jnp.broadcast_to(seen, p.shape), p, 0.0)
+def _exp(scores, lse):
+    """exp(scores - lse): zero where masked, since lse is far above NEG (see `_top`)."""
+    return jnp.exp(scores - lse[..., None])
+
+
+def _top(scores):
+    """The largest score of each query; half of NEG where nothing is seen, so that every
+    exp(NEG - top) is zero without another mask."""
+    return jnp.maximum(jnp.max(scores, axis=-1), NEG / 2)
 
 
 # ---- Short rows: every query block against its whole visible prefix, written out.
@@ -227,8 +232,8 @@ def _forward_unrolled(q, k, v, segments, window, block):
     for start, low, stop in _spans(q.shape[3], block, window):
         seen = _block_mask(segments, start, stop, low, window)
         scores = _mask(_scores(_part(q, start, stop, 3), _part(k, low, stop, 2)), seen)
-        top = jnp.max(scores, axis=-1)
-        p = _exp(scores, top, seen)
+        top = _top(scores)
+        p = _exp(scores, top)
         total = jnp.sum(p, axis=-1)
         safe = jnp.where(total > 0, total, 1.0)
         out = _weigh(p, _part(v, low, stop, 2)) / safe[..., None]
@@ -250,7 +255,7 @@ def _backward_unrolled(q, k, v, segments, lse, delta, d_out, window, block):
             _part(v, low, stop, 2),
         )
         d_i = _part(d_out, start, stop, 3)
-        p = _exp(_mask(_scores(q_i, k_i), seen), _part(lse, start, stop, 3), seen)
+        p = _exp(_mask(_scores(q_i, k_i), seen), _part(lse, start, stop, 3))
         ds = p * (_scores(d_i, v_i) - _part(delta, start, stop, 3)[..., None])
         dqs.append(_weigh(ds, k_i))
         dk = dk.at[:, :, low:stop].add(_gather(ds, q_i))
@@ -301,9 +306,9 @@ def _forward_loop(q, k, v, segments, window, block):
             out, top, total = carry
             seen = _pair_mask(segments, i, j, window, block)
             scores = _mask(_scores(q_i, _at(k, j, block, 2)), seen)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+            new_top = jnp.maximum(top, _top(scores))
             shrink = jnp.exp(top - new_top)
-            p = _exp(scores, new_top, seen)
+            p = _exp(scores, new_top)
             out = out * shrink[..., None] + _weigh(p, _at(v, j, block, 2))
             return out, new_top, total * shrink + jnp.sum(p, axis=-1)
 
@@ -338,7 +343,7 @@ def _backward_loop(q, k, v, segments, lse, delta, d_out, window, block):
             dq, dk_j, dv_j = carry
             q_i, d_i = _at(q, i, block, 3), _at(d_out, i, block, 3)
             seen = _pair_mask(segments, i, j, window, block)
-            p = _exp(_mask(_scores(q_i, k_j), seen), _at(lse, i, block, 3), seen)
+            p = _exp(_mask(_scores(q_i, k_j), seen), _at(lse, i, block, 3))
             ds = p * (_scores(d_i, v_j) - _at(delta, i, block, 3)[..., None])
             dq_i = _at(dq, i, block, 3) + _weigh(ds, k_j)
             dq = jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * block, axis=3)
