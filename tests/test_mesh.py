@@ -47,8 +47,9 @@ def assert_lies(x, devices, spec):
 # --- sizes ---
 
 
-def test_a_mesh_has_three_axes_and_all_devices(devices):
-    assert dict(devices.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+def test_a_mesh_has_four_axes_and_all_devices(devices):
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1}
+    assert dict(devices.shape) == sizes
     assert set(devices.axis_types) == {jax.sharding.AxisType.Explicit}
     assert dict(mesh.make(mesh.MeshConfig()).shape)["data"] == jax.device_count()
 
@@ -60,7 +61,7 @@ def test_minus_one_is_the_rest():
     assert mesh.MeshConfig(2, 3, 4).sizes(8) == (2, 3, 4, 1)  # `make` compares
 
 
-@given(st.tuples(*[st.integers(-2, 9)] * 3), st.integers(1, 64))
+@given(st.tuples(*[st.integers(-2, 9)] * 4), st.integers(1, 64))
 def test_sizes_are_as_given_and_fill_the_devices_or_are_refused(given, devices):
     open_ends, fixed = given.count(-1), abs(math.prod(given))
     wrong = min(given) < -1 or 0 in given or open_ends > 1
@@ -77,8 +78,11 @@ def test_sizes_are_as_given_and_fill_the_devices_or_are_refused(given, devices):
 @pytest.mark.parametrize(
     "sizes, told",
     [
-        ((-1, -1, 1), "'fsdp': -1, 'tensor': 1}: sizes are positive, and at most one"),
-        ((0, 1, 1), "mesh {'data': 0, 'fsdp': 1, 'tensor': 1}: sizes are positive"),
+        (
+            (-1, -1, 1),
+            "'fsdp': -1, 'tensor': 1, 'expert': 1}: sizes are positive, and at",
+        ),
+        ((0, 1, 1), "mesh {'data': 0, 'fsdp': 1, 'tensor': 1, 'expert': 1}: sizes are"),
         ((-1, 3, 1), "8 devices are not a multiple of 3; change --config.mesh.*"),
         ((2, 2, 1), "needs 4 devices, 8 are here; set one of --config.mesh.data, .fs"),
         ((4, 4, 1), "needs 16 devices, 8 are here"),
@@ -162,7 +166,8 @@ def test_hosts_of_gpus_may_split_weights_between_them():
 
 def test_rules_lay_dims_on_axes():
     rules = mesh.Rules()
-    assert rules.pspec("batch", None, "ffn") == P(("data", "fsdp"), None, "tensor")
+    batch = ("data", "fsdp", "expert")
+    assert rules.pspec("batch", None, "ffn") == P(batch, None, "tensor")
     assert rules.pspec("layers", "embed", "heads") == P(None, "fsdp", "tensor")
     assert rules.gathered("layers", "embed", "heads") == P(None, None, "tensor")
     assert rules.gathered("vocab", "embed") == P("tensor", None)

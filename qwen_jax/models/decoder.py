@@ -395,85 +395,96 @@ def hidden_cached(
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     put = mesh.local(put, inputs=(rows, rows, jax.P()), out=rows)
     slots_bs = put(cache.segments_bs, segments, cache.length)
-    cos_btk, sin_btk = rope.angles(spec, positions)
+    angles = rope.angles(spec, positions)
+    layer = functools.partial(
+        _cached_layer,
+        angles=angles,
+        segments=segments,
+        slots_bs=slots_bs,
+        cache=cache,
+        spec=spec,
+        rules=rules,
+    )
     x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
-
-    def one(p, x, held, kind):
-        y = _norm(p["attention_norm_ld"], x, spec)
-        if kind.mixer == "delta":
-            held = held | {"segments_bj": cache.tail_segments_bj}
-            y, held = delta_lib.mix(
-                p["delta"], y, segments, held, spec=spec, rules=rules
-            )
-            tail_bj = held.pop("segments_bj")
-        else:
-            y, keys, values = attn.cached(
-                p["attention"],
-                y,
-                cos_btk,
-                sin_btk,
-                held["k_bshk"],
-                held["v_bshk"],
-                segments,
-                slots_bs,
-                cache.length,
-                spec=spec,
-                rules=rules,
-                window=kind.window,
-            )
-            held, tail_bj = {"k_bshk": keys, "v_bshk": values}, None
-        x, _ = _feed_forward(p, x + y, segments, spec, rules, kind)
-        return x, held, tail_bj
-
-    tails, listed = [cache.tail_segments_bj], isinstance(params["layers"], list)
-    stacks = {k: [] for k in ("attention", "delta") if getattr(cache, k) is not None}
+    new = {k: [] for k in ("attention", "delta") if getattr(cache, k) is not None}
     owners = _owners(spec)
-    held_by = {k: owners[k] for k in stacks}
     for stretch in _stretches(spec.kinds):
-        held = {k: getattr(cache, k) for k in stacks}
-        held = _repeats_of(held, stretch, held_by)
-
-        def body(x, now, stretch=stretch):
-            layers, held = now
-            used, new = dict.fromkeys(held, 0), {k: [] for k in held}
-            tail_bj = tails[-1]
-            for kind, p in zip(stretch.kinds, layers, strict=True):
-                i = used[kind.mixer]
-                mine = jax.tree.map(lambda x, i=i: x[i], held[kind.mixer])
-                x, mine, tail = one(p, x, mine, kind)
-                tail_bj = tail_bj if tail is None else tail
-                new[kind.mixer].append(mine)
-                used[kind.mixer] += 1
-            return x, ({k: _stacked(v) for k, v in new.items()}, tail_bj)
-
-        if listed:
-            each, news = len(stretch.kinds), []
-            for r in range(stretch.repeats):
-                first = stretch.start + r * each
-                layers = params["layers"][first : first + each]
-                mine = jax.tree.map(lambda x, r=r: x[r], held)
-                x_btd, (new, tail_bj) = body(x_btd, (layers, mine))
-                news.append(new)
-                tails.append(tail_bj)
-            new = _stacked(news)
+        held = {k: getattr(cache, k) for k in new}
+        held = _repeats_of(held, stretch, {k: owners[k] for k in new})
+        layers = params["layers"]
+        if isinstance(layers, list):
+            layers = layers[stretch.start : stretch.stop]
         else:
-            part = _repeats_of(params["layers"], stretch, owners)
-
-            def scanned(x, now, body=body, stretch=stretch):
-                part, held = now
-                return body(x, (_layers_in(part, stretch), held))
-
-            x_btd, (new, tail_rbj) = jax.lax.scan(scanned, x_btd, (part, held))
-            tails.append(jax.tree.map(lambda x: x[-1], tail_rbj))
-        for stack, parts in new.items():
-            stacks[stack].append(jax.tree.map(_merged, parts))
+            layers = _repeats_of(layers, stretch, owners)
+        x_btd, parts = _cached_stretch(layer, stretch, layers, x_btd, held)
+        for stack, part in parts.items():
+            new[stack].append(jax.tree.map(_merged, part))
     held = {
-        k: parts[0]
-        if len(parts) == 1
-        else jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
-        for k, parts in stacks.items()
+        k: jax.tree.map(lambda *xs: xs[0] if len(xs) == 1 else jnp.concatenate(xs), *v)
+        for k, v in new.items()
     }
+    tail_bj = cache.tail_segments_bj
+    if "delta" in held:
+        run = mesh.local(delta_lib.tail_segments, inputs=(rows, rows), out=rows)
+        tail_bj = run(tail_bj, segments)
     cache = cache_lib.Cache(
-        held.get("attention"), held.get("delta"), slots_bs, tails[-1], cache.length + t
+        held.get("attention"), held.get("delta"), slots_bs, tail_bj, cache.length + t
     )
     return _norm(params["norm_d"], x_btd, spec), cache
+
+
+def _cached_layer(
+    p, x_btd, held, kind, *, angles, segments, slots_bs, cache, spec, rules
+):
+    """One block over new tokens: (x_btd, what its mixer holds then)."""
+    y_btd = _norm(p["attention_norm_ld"], x_btd, spec)
+    if kind.mixer == "delta":
+        held = held | {"segments_bj": cache.tail_segments_bj}
+        y_btd, held = delta_lib.mix(
+            p["delta"], y_btd, segments, held, spec=spec, rules=rules
+        )
+    else:
+        y_btd, keys, values = attn.cached(
+            p["attention"],
+            y_btd,
+            *angles,
+            held["k_bshk"],
+            held["v_bshk"],
+            segments,
+            slots_bs,
+            cache.length,
+            spec=spec,
+            rules=rules,
+            window=kind.window,
+        )
+        held = {"k_bshk": keys, "v_bshk": values}
+    x_btd, _ = _feed_forward(p, x_btd + y_btd, segments, spec, rules, kind)
+    return x_btd, held
+
+
+def _cached_stretch(layer, stretch, layers, x_btd, held):
+    """The layers of a stretch: (x_btd, what they hold, [repeats, layers, ...])."""
+
+    def body(x, now):
+        layers, held = now
+        used, new = dict.fromkeys(held, 0), {k: [] for k in held}
+        for kind, p in zip(stretch.kinds, layers, strict=True):
+            i = used[kind.mixer]
+            mine = jax.tree.map(lambda x, i=i: x[i], held[kind.mixer])
+            x, mine = layer(p, x, mine, kind)
+            new[kind.mixer].append(mine)
+            used[kind.mixer] += 1
+        return x, {k: _stacked(v) for k, v in new.items()}
+
+    if not isinstance(layers, list):
+        return jax.lax.scan(
+            lambda x, now: body(x, (_layers_in(now[0], stretch), now[1])),
+            x_btd,
+            (layers, held),
+        )
+    each, news = len(stretch.kinds), []
+    for r in range(stretch.repeats):
+        mine = jax.tree.map(lambda x, r=r: x[r], held)
+        x_btd, new = body(x_btd, (layers[r * each : (r + 1) * each], mine))
+        news.append(new)
+    return x_btd, _stacked(news)

@@ -85,7 +85,8 @@ def mix(
       segments_bt: int32, 0 for padding; None for one segment and no padding.
       state: None at the beginning, else {"s_bnku", "q_bjhk", "k_bjhk", "v_bjnu",
         "segments_bj"}: the matrices, and inputs of the convolution and segments of the
-        last taps - 1 real tokens of each row.
+        last taps - 1 real tokens of each row. What comes back has all but the segments,
+        which are the same for all layers: see `tail_segments`.
       spec: the model.
       rules: dims -> mesh axes.
     """
@@ -106,6 +107,7 @@ def mix(
     rows = rules.pspec("batch", None)
     tails = {"q_bjhk": keys, "k_bjhk": keys, "v_bjnu": values, "segments_bj": rows}
     layout = tails | {"s_bnku": rules.pspec("batch", "heads", None, None)}
+    kept = {k: spec for k, spec in layout.items() if k != "segments_bj"}
     weights = ("conv_q_ljhk", "conv_k_ljhk", "conv_v_ljnu", "a_log_ln", "dt_bias_ln")
     filters = rules.pspec(None, "kv_heads", None)
     laid = (
@@ -120,7 +122,7 @@ def mix(
     run = mesh.local(
         run,
         inputs=(keys, keys, values, scalar, scalar, rows, layout, *laid),
-        out=(values, layout),
+        out=(values, kept),
     )
     out_btnu, state = run(
         project("q_ldhk", "kv_heads", keys),
@@ -221,8 +223,17 @@ def _local(q, k, v, b, a, segments, state, conv_q, conv_k, conv_v, a_log, dt_bia
         "q_bjhk": q_tail,
         "k_bjhk": k_tail,
         "v_bjnu": v_tail,
-        "segments_bj": take(seen, last),
     }
+
+
+def tail_segments(tail_bj: jax.Array, segments_bt: jax.Array) -> jax.Array:
+    """Segments of the last real tokens of each row, after new tokens."""
+    order = jnp.argsort(segments_bt == 0, axis=1, stable=True)
+    segments_bt = jnp.take_along_axis(segments_bt, order, axis=1)
+    real = jnp.sum(segments_bt > 0, axis=1, keepdims=True)
+    last = real + jnp.arange(tail_bj.shape[1])[None]
+    seen = jnp.concatenate([tail_bj, segments_bt], axis=1)
+    return jnp.take_along_axis(seen, last, axis=1)
 
 
 def _unit(x):

@@ -28,7 +28,6 @@ from qwen_jax import config, mesh, params
 from qwen_jax.models import decoder, hf_config, names
 from qwen_jax.models import spec as spec_lib
 
-
 # Buffers that some checkpoints carry and no model needs.
 IGNORED = ("rotary_emb.inv_freq",)
 # Parts of published models that the text model does without; counted, never silent.

@@ -64,7 +64,6 @@ REQUIRED = (
 )
 
 
-
 def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
     """The Spec of a published config.json.
 

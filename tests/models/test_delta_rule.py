@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The delta rule, by steps and in chunks, against loops written from its paper."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Experts on the tokens that chose them, against loops over tokens and choices."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -101,9 +101,7 @@ def gradients(spec, name, sizes, micro=1, **how):
     """(gradients, sums) of a step's batch on a mesh."""
     rules = mesh.Rules()
     device_mesh, tree = laid(spec, name, sizes)
-    arrays = {
-        k: x.reshape(micro, B // micro, T) for k, x in batch().items()
-    }
+    arrays = {k: x.reshape(micro, B // micro, T) for k, x in batch().items()}
     place = mesh.sharding(device_mesh, jax.P(None, *rules.pspec("batch", None)))
     with jax.set_mesh(device_mesh):
         arrays = jax.device_put(arrays, place)
@@ -202,9 +200,7 @@ def test_cached_decoding_is_the_full_forward(name, listed):
     ]
     held = decoder.unstacked(spec, tree) if listed else tree
     cache = cache_lib.init(spec, B, T)
-    run = jax.jit(
-        lambda p, x, c, s: models.forward(spec, p, x, cache=c, segments=s)
-    )
+    run = jax.jit(lambda p, x, c, s: models.forward(spec, p, x, cache=c, segments=s))
     parts, start = [], 0
     for stop in (10, 16, *range(17, T + 1)):
         part = slice(start, stop)
@@ -225,8 +221,9 @@ def test_a_mesh_decodes_alike(name):
 
     def run(tree, tokens):
         cache = cache_lib.init(spec, B, T, rules)
-        first, cache = models.forward(spec, tree, tokens[:, :9], cache=cache, rules=rules)
-        second, _ = models.forward(spec, tree, tokens[:, 9:10], cache=cache, rules=rules)
+        forward = functools.partial(models.forward, spec, tree, rules=rules)
+        first, cache = forward(tokens[:, :9], cache=cache)
+        second, _ = forward(tokens[:, 9:10], cache=cache)
         return jnp.concatenate([first, second], axis=1)
 
     wanted = models.forward(spec, weights(name), tokens[:, :10])
