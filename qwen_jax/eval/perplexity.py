@@ -31,7 +31,13 @@ def make(spec: spec_lib.Spec, rules: mesh.Rules, settings: Any) -> Callable:
     def sums(params, batch, bytes_v):
         rows = jax.tree.map(lambda x: x[0], batch)
         _, parts = step_lib.loss_fn(
-            params, rows, 1.0, spec=spec, rules=rules, config=settings
+            params,
+            rows,
+            {"targets": 1.0, "tokens": 1.0},
+            step_lib.no_sums(spec),
+            spec=spec,
+            rules=rules,
+            config=settings,
         )
         return {
             "nll": parts["nll"],

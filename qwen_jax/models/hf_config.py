@@ -370,8 +370,9 @@ def check_spec(spec: spec_lib.Spec) -> None:
         return
     fitting = [
         family
-        for family in FAMILIES
-        if not _told_otherwise(dataclasses.replace(spec, family=family))
+        for family, known in FAMILIES.items()
+        if known.sparse == (spec.moe is not None)
+        and not _told_otherwise(dataclasses.replace(spec, family=family))
     ]
     fixes = [f"--config.model.family={family}" for family in fitting] or [
         " ".join(f"--config.model.{name}={told}" for name, (_, told) in wrong.items())
@@ -409,7 +410,11 @@ def _function(spec: spec_lib.Spec) -> dict[str, Any]:
     # both full attention, patterns may be written once or more often.
     kinds = {"kinds": spec.kinds, "window": 0, "full_layers": 0, "mixers": ()}
     sparse = len(spec.layers_with("mlp")) == 0
-    moe = spec.moe and (spec.moe.experts_per_token, spec.moe.norm_topk)
+    moe = spec.moe and (
+        spec.moe.experts_per_token,
+        spec.moe.norm_topk,
+        spec.moe.shared_width,
+    )
     one = {"rope_scaling": scaling, "moe": moe, "dense_layers": ()} | kinds
     if sparse:
         one["ffn_width"] = 0
