@@ -276,6 +276,15 @@ def split_first(x: jax.Array, *sizes: int) -> jax.Array:
     return jax.lax.reshape(x, shape, out_sharding=lies)
 
 
+def join_first(x: jax.Array) -> jax.Array:
+    """`x` with its first two dims, which lie whole, made one; the rest as it lies."""
+    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+    if not active():
+        return x.reshape(shape)
+    lies = P(None, *jax.typeof(x).sharding.spec[2:])
+    return jax.lax.reshape(x, shape, out_sharding=lies)
+
+
 def take(table_vd: jax.Array, ids_bt: jax.Array, rules: Rules) -> jax.Array:
     """Rows of an embedding table: [v, d], [b, t] -> [b, t, d] laid out by batch.
 

@@ -279,18 +279,13 @@ def hidden(
             part = _repeats_of(layers, stretch, owners)
             x_btd, stats = jax.lax.scan(body, x_btd, part)
             if stats is not None:
-                counted.append(jax.tree.map(_merged, stats))
+                counted.append(jax.tree.map(mesh.join_first, stats))
     stats = jax.tree.map(lambda *xs: jnp.concatenate(xs), *counted) if counted else None
     return _norm(params["norm_d"], x_btd, spec), stats
 
 
 def _stacked(trees: list[Any]) -> Any:
     return jax.tree.map(lambda *xs: jnp.stack(xs), *trees) if trees else None
-
-
-def _merged(x: jax.Array) -> jax.Array:
-    """[repeats, layers of the pattern, ...] -> [layers, ...]."""
-    return x.reshape(-1, *x.shape[2:])
 
 
 def head_vd(spec: spec_lib.Spec, params: dict[str, Any]) -> jax.Array:
@@ -418,7 +413,7 @@ def hidden_cached(
             layers = _repeats_of(layers, stretch, owners)
         x_btd, parts = _cached_stretch(layer, stretch, layers, x_btd, held)
         for stack, part in parts.items():
-            new[stack].append(jax.tree.map(_merged, part))
+            new[stack].append(jax.tree.map(mesh.join_first, part))
     held = {
         k: jax.tree.map(lambda *xs: xs[0] if len(xs) == 1 else jnp.concatenate(xs), *v)
         for k, v in new.items()

@@ -290,8 +290,6 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
         raw["attention_bias"] = False
     if spec.family == "qwen2_moe":
         raw["qkv_bias"] = spec.qkv_bias
-    if known.new:
-        raw |= _new_config(spec)
     if spec.moe is not None:
         raw |= _moe_config(spec)
     if spec.bos_id is not None:
@@ -311,13 +309,15 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
             }
             if scaling.attention_factor is not None:
                 raw["rope_scaling"]["attention_factor"] = scaling.attention_factor
+    if known.new:
+        raw |= _new_config(spec, raw["rope_scaling"])
     return raw
 
 
-def _new_config(spec: spec_lib.Spec) -> dict[str, Any]:
+def _new_config(spec: spec_lib.Spec, scaling: dict[str, Any] | None) -> dict[str, Any]:
     """What config.json says of gated and linear layers."""
     kinds = {"attention": "full_attention", "delta": "linear_attention"}
-    rope = {"rope_type": "default", "rope_theta": spec.rope_theta}
+    rope = {"rope_type": "default", "rope_theta": spec.rope_theta} | (scaling or {})
     raw = {
         "layer_types": [kinds[kind.mixer] for kind in spec.kinds],
         "partial_rotary_factor": spec.rotary_share,
