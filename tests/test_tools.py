@@ -16,10 +16,7 @@ from qwen_jax import cli, experiment, models, tools
 from qwen_jax.checkpoint import manager
 from qwen_jax.data import loader, tokenizer
 from tests import runs
-
-# As in run/test_run.py, so that the programs of one are found compiled by the other.
-MESH = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-SHORT = ["--config.train.num_steps=9", "--config.eval.every_steps=3"]
+from tests.run.here import MESH, SHORT  # programs that are compiled once for both
 
 
 @pytest.fixture(autouse=True)

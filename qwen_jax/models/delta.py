@@ -12,7 +12,7 @@ Shapes: x_btd -> y_btd. Key heads h of width k, value heads n of width u; a key 
 serves n / h neighbouring value heads. Weights q_ldhk, k_ldhk, v_ldnu, z_ldnu, b_ldn,
 a_ldn, filters conv_q_ljhk, conv_k_ljhk, conv_v_ljnu, a_log_ln, dt_bias_ln, norm_lu,
 o_lnud. Beta, g and the state are float32.
-State in, state out: `cache.Delta` has what a layer hands from one call to the next.
+State in, state out: see `mix`; `cache.Cache` keeps it between calls.
 """
 
 from typing import Any
@@ -107,7 +107,7 @@ def mix(
     rows = rules.pspec("batch", None)
     tails = {"q_bjhk": keys, "k_bjhk": keys, "v_bjnu": values, "segments_bj": rows}
     layout = tails | {"s_bnku": rules.pspec("batch", "heads", None, None)}
-    kept = {k: spec for k, spec in layout.items() if k != "segments_bj"}
+    kept = {k: lies for k, lies in layout.items() if k != "segments_bj"}
     weights = ("conv_q_ljhk", "conv_k_ljhk", "conv_v_ljnu", "a_log_ln", "dt_bias_ln")
     filters = rules.pspec(None, "kv_heads", None)
     laid = (
@@ -213,7 +213,6 @@ def _local(q, k, v, b, a, segments, state, conv_q, conv_k, conv_v, a_log, dt_bia
     beta = jax.nn.sigmoid(b.astype(wide))
     fall = jax.nn.softplus(a.astype(wide) + dt_bias.astype(wide)[None, None])
     g = -jnp.exp(a_log.astype(wide))[None, None] * fall
-    # taps - 1 = 0 would leave no trace of the last segment.
     before = delta_rule.State(state["s_bnku"], state["segments_bj"][:, -1])
     rule = delta_rule.recurrent if t == 1 else delta_rule.chunked
     out, after = rule(q * q.shape[-1] ** -0.5, k, v, g, beta, segments, before)

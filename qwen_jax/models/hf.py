@@ -110,9 +110,10 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
     left = [n for n in tensors.names - used if not n.endswith(IGNORED)]
     parts = [n for n in left if n.startswith(OTHER_PARTS)]
     if parts:
+        kinds = [p for p in OTHER_PARTS if any(n.startswith(p) for n in parts)]
         print(
             f"note: {folder}: {len(parts)} tensors of other parts than the text model "
-            f"are left out: {', '.join(sorted({n.split('.')[0] for n in parts}))}",
+            f"are left out: {', '.join(kinds)}",
             file=sys.stderr,
         )
     left = [n for n in left if not n.startswith(OTHER_PARTS)]

@@ -215,10 +215,7 @@ def _sent(axes):
         flat = choice_ma.reshape(-1)
         real = flat < moe.num_experts
         to = jnp.where(real, flat // mine, ways)
-        hit = to[:, None] == jnp.arange(ways)[None]
-        place = jnp.sum(jnp.where(hit, jnp.cumsum(hit, axis=0) - 1, 0), axis=1)
-        kept = real & (place < room)
-        slot = jnp.where(kept, to * room + place, ways * room)
+        slot, kept = experts.slots(to, ways, room)
 
         def send(rows, empty):
             box = jnp.full((ways * room + 1, *rows.shape[1:]), empty, rows.dtype)

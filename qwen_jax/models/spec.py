@@ -105,6 +105,8 @@ class Delta:
                 f"delta.value_heads={self.value_heads} must be a multiple of "
                 f"delta.key_heads={self.key_heads}"
             )
+        if self.conv_taps < 2:  # the last inputs tell which segment the state is of
+            raise ValueError(f"delta.conv_taps={self.conv_taps} must be at least 2")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,11 @@ Backends, chosen by `impl`:
 - "ragged": choices sorted by expert, three `jax.lax.ragged_dot`. TPU and GPU.
 - "blocks": choices sorted by expert, a loop over blocks of rows of one expert, whose
   bounds are data: the work is that of the rows that are there, rounded up to blocks.
-  Rows are taken and weighed inside the loop. CPU, where XLA would expand `ragged_dot`
+  Rows are taken inside the loop. CPU, where XLA would expand `ragged_dot`
   into a product of every row with every expert.
 - "capacity": a batched einsum over a fixed number of rows for each expert
   (`capacity_factor` times the mean); what does not fit is dropped and counted.
-- "tokamax": the grouped products of that package (extra `tokamax`).
+- "tokamax": as "ragged", with the grouped product of that package.
 `reference` is the plain twin: every expert on every token, weighed afterwards.
 Raises: config.InputError for a backend that is not installed; ValueError for shapes.
 """
@@ -26,8 +26,6 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax import config, mesh
-
-IMPLS = ("auto", "ragged", "blocks", "capacity", "tokamax")
 
 
 def reference(x_md, choice_ma, weight_ma, gate_edf, up_edf, down_efd):
@@ -91,18 +89,11 @@ def _sorted(choice_ma: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
 
 def _ragged(x_md, choice_ma, weight_ma, weights, impl):
     product = _product(impl)
-    m, a = choice_ma.shape
+    a = choice_ma.shape[1]
     order, sizes = _sorted(choice_ma, weights[0].shape[0])
     x = x_md[order // a]
     hidden = jax.nn.silu(product(x, weights[0], sizes)) * product(x, weights[1], sizes)
-    y = product(hidden, weights[2], sizes)
-    # Rows behind the last group are nobody's; some backends leave them as they were.
-    mine = jnp.arange(m * a) < jnp.sum(sizes)
-    y = jnp.where(
-        mine[:, None], y * weight_ma.reshape(-1)[order, None].astype(y.dtype), 0
-    )
-    back = jnp.zeros_like(order).at[order].set(jnp.arange(m * a, dtype=order.dtype))
-    return jnp.sum(y[back].reshape(m, a, -1), axis=1)
+    return _combined(product(hidden, weights[2], sizes), order, sizes, weight_ma)
 
 
 def _product(impl: str):
@@ -112,7 +103,7 @@ def _product(impl: str):
         import tokamax
     except ImportError as error:
         raise config.InputError(
-            "moe.impl=tokamax needs the package: pip install 'qwen_jax[tokamax]'"
+            "moe.impl=tokamax needs the package: pip install tokamax"
         ) from error
     return tokamax.ragged_dot
 
@@ -124,11 +115,7 @@ def _capacity(x_md, choice_ma, weight_ma, weights, factor):
     (m, a), experts = choice_ma.shape, weights[0].shape[0]
     rows = max(1, min(m, math.ceil(m * a / experts * factor)))
     flat = choice_ma.reshape(-1)
-    hit = flat[:, None] == jnp.arange(experts)[None]
-    place = jnp.sum(jnp.where(hit, jnp.cumsum(hit, axis=0) - 1, 0), axis=1)
-    mine = flat < experts
-    kept = mine & (place < rows)
-    slot = jnp.where(kept, flat * rows + place, experts * rows)
+    slot, kept = slots(flat, experts, rows)
     x = jnp.zeros((experts * rows + 1, x_md.shape[1]), x_md.dtype)
     x = x.at[slot].set(jnp.repeat(x_md, a, axis=0))[:-1]
     x = x.reshape(experts, rows, -1)
@@ -137,8 +124,20 @@ def _capacity(x_md, choice_ma, weight_ma, weights, factor):
     y = jnp.einsum("ecf,efd->ecd", hidden, weights[2]).reshape(experts * rows, -1)
     y = y[jnp.minimum(slot, experts * rows - 1)]
     y = jnp.where(kept[:, None], y, 0) * weight_ma.reshape(-1, 1).astype(y.dtype)
-    dropped = jnp.sum(mine & ~kept).astype(jnp.float32)
+    dropped = jnp.sum((flat < experts) & ~kept).astype(jnp.float32)
     return jnp.sum(y.reshape(m, a, -1), axis=1), dropped
+
+
+def slots(to: jax.Array, boxes: int, room: int) -> tuple[jax.Array, jax.Array]:
+    """A place in one of `boxes` of `room` for each item, first come, first served.
+
+    (box * room + place, whether there is one); without one the slot is boxes * room.
+    An item whose box `to` is none of them gets none.
+    """
+    hit = to[:, None] == jnp.arange(boxes)[None]
+    place = jnp.sum(jnp.where(hit, jnp.cumsum(hit, axis=0) - 1, 0), axis=1)
+    kept = (to < boxes) & (place < room)
+    return jnp.where(kept, to * room + place, boxes * room), kept
 
 
 # ---- blocks of rows of one expert
@@ -162,11 +161,10 @@ def _blocks_fwd(x_md, choice_ma, weight_ma, *weights):
 
 
 def _plan(choice_ma, experts):
-    """(order padded by a block, first row and end of each expert, rows of a block)."""
+    """(order padded by a block, rows of each expert, rows of a block)."""
     order, sizes = _sorted(choice_ma, experts)
     block = _block_rows(order.size, experts)
-    ends = jnp.cumsum(sizes)
-    return jnp.pad(order, (0, block)), ends - sizes, ends, block
+    return jnp.pad(order, (0, block)), sizes, block
 
 
 def _each(plan, body, carry):
@@ -175,7 +173,9 @@ def _each(plan, body, carry):
     `rows` are flat indices of choices; a last block reaches into rows of the next
     expert (`mine` is False there), which are written again when its turn comes.
     """
-    order, starts, ends, block = plan
+    order, sizes, block = plan
+    ends = jnp.cumsum(sizes)
+    starts = ends - sizes
 
     def expert(e, carry):
         def one(j, carry):
@@ -183,7 +183,7 @@ def _each(plan, body, carry):
             rows = jax.lax.dynamic_slice_in_dim(order, start, block)
             return body(carry, e, start, rows, start + jnp.arange(block) < ends[e])
 
-        return jax.lax.fori_loop(0, -(-(ends[e] - starts[e]) // block), one, carry)
+        return jax.lax.fori_loop(0, -(-sizes[e] // block), one, carry)
 
     return jax.lax.fori_loop(0, starts.shape[0], expert, carry)
 
@@ -208,7 +208,7 @@ def _blocks_forward(x_md, choice_ma, weight_ma, weights, *, keep):
     """(y_md, what the backward pass needs: gate and up of every choice, or None)."""
     (m, a), (experts, d, f) = choice_ma.shape, weights[0].shape
     plan = _plan(choice_ma, experts)
-    block = plan[3]
+    order, sizes, block = plan
     carry = [_zeros((m * a + block, d), x_md.dtype, x_md)]
     if keep:
         carry += [_zeros((m * a + block, f), x_md.dtype, x_md) for _ in range(2)]
@@ -224,16 +224,19 @@ def _blocks_forward(x_md, choice_ma, weight_ma, weights, *, keep):
         ]
 
     y, *kept = _each(plan, body, carry)
-    return _combined(y, plan, weight_ma), (tuple(kept) if keep else None)
+    y_md = _combined(y, order, sizes, weight_ma)
+    return y_md, (tuple(kept) if keep else None)
 
 
-def _combined(rows_of, plan, weight_ma):
-    """Sum over each token's choices of its rows, weighed: [rows, d] -> [m, d]."""
-    order, _, ends, _ = plan
+def _combined(rows_of, order, sizes, weight_ma):
+    """Sum over each token's choices of its rows, weighed: [rows, d] -> [m, d].
+
+    Rows behind the last expert's are nobody's and may hold anything.
+    """
     m, a = weight_ma.shape
     back = jnp.zeros((m * a,), order.dtype)
     back = back.at[order[: m * a]].set(jnp.arange(m * a, dtype=order.dtype))
-    mine = (back < ends[-1]).reshape(m, a)
+    mine = (back < jnp.sum(sizes)).reshape(m, a)
     weight_ma = jnp.where(mine, weight_ma, 0).astype(rows_of.dtype)
     parts = rows_of[back.reshape(m, a)]
     parts = jnp.where(mine[..., None], parts, 0)
@@ -245,7 +248,7 @@ def _blocks_bwd(kept, dy_md):
     x_md, choice_ma, weight_ma, weights, (gate_rf, up_rf) = kept
     (m, a), (experts, d, _) = choice_ma.shape, weights[0].shape
     plan = _plan(choice_ma, experts)
-    block = plan[3]
+    order, sizes, block = plan
     flat_weight = weight_ma.reshape(-1)
     carry = [
         _zeros((m * a + block, d), x_md.dtype, x_md),
@@ -278,10 +281,8 @@ def _blocks_bwd(kept, dy_md):
         return [_put(dx, new, start), dweight, *grads]
 
     dx, dweight, *grads = _each(plan, body, carry)
-    order, _, ends, _ = plan
-    ones = jnp.ones_like(weight_ma)
-    dx_md = _combined(dx, plan, ones)
-    mine = jnp.arange(m * a) < ends[-1]
+    dx_md = _combined(dx, order, sizes, jnp.ones_like(weight_ma))
+    mine = jnp.arange(m * a) < jnp.sum(sizes)
     dweight_ma = jnp.zeros((m * a,), weight_ma.dtype)
     dweight_ma = dweight_ma.at[order[: m * a]].set(jnp.where(mine, dweight[: m * a], 0))
     return dx_md, None, dweight_ma.reshape(m, a), *grads
