@@ -68,7 +68,7 @@ def parser() -> Parser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     verbs.add_parser(
         "bench",
-        help="measure: `bench train` (beside other libraries with --peers)",
+        help="measure: `bench train`, `decode`, `moe` (--help lists them)",
         add_help=False,
         allow_abbrev=False,
     )
@@ -245,15 +245,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+BENCHES = {
+    "train": "a training step, beside other libraries with --peers",
+    "decode": "tokens a second with a cache, beside other libraries with --peers",
+    "moe": "a layer of experts beside a plain matrix product",
+}
+
+
 def _bench(argv: list[str]) -> int:
     if argv[:1] in ([], ["--help"], ["-h"]):
-        print("usage: qwen-jax bench train [--help]")
+        print("usage: qwen-jax bench WHAT [--help]\n")
+        for name, told in BENCHES.items():
+            print(f"  {name:8} {told}")
         return 0
-    if argv[0] != "train":
+    if argv[0] not in BENCHES:
         raise config.InputError(
-            f"unknown bench {argv[0]!r}{config.nearest(argv[0], ['train'])}"
+            f"unknown bench {argv[0]!r}{config.nearest(argv[0], BENCHES)}"
         )
-    return _load("bench.train").main(argv[1:])
+    _with_huge_pages()
+    return _load(f"bench.{argv[0]}").main(argv[1:])
 
 
 def _with_huge_pages() -> None:

@@ -53,7 +53,7 @@ def refused(call, *words):
         (["report"], "--out"),
         (["convert"], "RUN_OR_MODEL"),
         (["doctor"], "--json"),
-        (["bench"], "bench train"),
+        (["bench"], "train    a training step"),
         (["bench", "train"], "--peers"),
     ],
 )

@@ -8,6 +8,8 @@ Raises nothing.
 
 from __future__ import annotations
 
+from qwen_jax.bench import flags
+
 
 def columns(rows: list[list[str]]) -> str:
     """Rows of cells as aligned columns; the first row is the head."""
@@ -144,12 +146,7 @@ def loss_memory(rows: list[dict]) -> str:
 
 def paragraph(record: dict) -> str:
     """The dated paragraph that `--log` appends to experiments/LOG.md."""
-    where = record["machine"]
-    commit = record["commit"] + (" with changes" if record["dirty"] else "")
-    parts = [
-        f"## {record['date']} bench train",
-        f"Command: `{record['command']}`. Commit {commit}. Machine: {where}.",
-    ]
+    parts = [flags.title(record, "train")]
     if record["candidates"]:
         parts.append(f"Shape: {record['describe']}; {work(record)}. {matmul(record)}.")
         parts += ["```text", candidates(record), "", facts(record), "```"]

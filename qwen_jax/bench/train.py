@@ -23,31 +23,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import os
-import pathlib
 import shlex
-from typing import NoReturn
 
 from qwen_jax import config
-from qwen_jax.bench import candidates, grow, table, where
+from qwen_jax.bench import candidates, flags, grow, table
 from qwen_jax.bench import shape as shape_lib
 
 PEERS, OURS = candidates.PEERS, candidates.OURS
 FIXED = ("tied", "rope_theta", "norm_eps")  # not flags of their own
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are InputErrors (one line, exit code 2)."""
-
-    def error(self, message: str) -> NoReturn:
-        raise config.InputError(f"{message} ({self.prog} --help tells what there is)")
-
-
-def parser() -> Parser:
+def parser() -> flags.Parser:
     """The flags of the command."""
-    top = Parser(
+    top = flags.Parser(
         prog="qwen-jax bench train",
         description="Measure a training step, beside other libraries with --peers.",
         allow_abbrev=False,
@@ -79,8 +68,7 @@ def parser() -> Parser:
     add("--no_matmul", action="store_true", help="leave out the plain matmul rate")
     add("--length", action="store_true", help="cost per token at 512 to 8192 tokens")
     add("--loss_memory", action="store_true", help="memory of the loss as it grows")
-    add("--json", default="", metavar="FILE", help="write the record")
-    add("--log", action="store_true", help="append to experiments/LOG.md")
+    flags.add_outputs(top)
     group = top.add_argument_group("shape")
     for field in dataclasses.fields(shape_lib.Shape):
         if field.name not in FIXED:
@@ -96,26 +84,15 @@ def main(argv: list[str]) -> int:
     names = read_names(args)
     record = collect(args, shape, names, "qwen-jax bench train " + shlex.join(argv))
     print(report(record))
-    if args.json:
-        path = pathlib.Path(args.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-    if args.log:
-        append_log(record, pathlib.Path("experiments/LOG.md"))
+    flags.write(args, record, table.paragraph(record))
     return (
         1 if any("error" in row and row["ours"] for row in record["candidates"]) else 0
     )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags; an unknown one is told with its nearest name."""
-    top = parser()
-    args, rest = top.parse_known_args(argv)
-    if rest:
-        known = [flag for action in top._actions for flag in action.option_strings]
-        name = rest[0].partition("=")[0]
-        raise config.InputError(f"unknown flag {name}{config.nearest(name, known)}")
-    return args
+    """The flags of the command line."""
+    return flags.parse(parser(), argv)
 
 
 def read_shape(args: argparse.Namespace) -> shape_lib.Shape:
@@ -130,26 +107,14 @@ def read_shape(args: argparse.Namespace) -> shape_lib.Shape:
 
 def read_names(args: argparse.Namespace) -> list[str]:
     """Candidates in the order in which they are listed; flags are checked here."""
-    for flag in ("rounds", "steps", "save_every"):
-        if getattr(args, flag) < 1:
-            raise config.InputError(
-                f"--{flag} is {getattr(args, flag)}, wanted at least 1"
-            )
+    flags.at_least_one(args, "rounds", "steps", "save_every")
     cores = os.cpu_count() or 1
     if not 0 <= args.threads <= cores:
         raise config.InputError(
             f"--threads is {args.threads}, wanted 0 (all) to {cores} on this machine"
         )
-    names = []
-    for flag, known in (("candidates", OURS), ("peers", PEERS)):
-        for name in filter(None, getattr(args, flag).split(",")):
-            if name not in known:
-                raise config.InputError(
-                    f"--{flag} names {name!r}, wanted any of {','.join(known)}"
-                    f"{config.nearest(name, known)}"
-                )
-            if name not in names:
-                names.append(name)
+    names = flags.chosen(args.candidates, OURS, "candidates")
+    names += flags.chosen(args.peers, PEERS, "peers")
     if (args.length or args.loss_memory) and not args.peers:
         return []
     return names
@@ -159,12 +124,7 @@ def collect(
     args: argparse.Namespace, shape: shape_lib.Shape, names: list[str], command: str
 ) -> dict:
     """Measure everything asked for; the record of the run."""
-    record = {
-        "date": datetime.datetime.now().isoformat(sep=" ", timespec="minutes"),
-        "commit": where.git("rev-parse", "--short", "HEAD") or "unknown",
-        "dirty": bool(where.git("status", "--porcelain")),
-        "machine": where.machine(),
-        "command": command,
+    record = flags.head(command) | {
         "shape": shape.record(),
         "describe": shape.describe(),
         "params": shape_lib.num_params(shape),
@@ -204,14 +164,3 @@ def report(record: dict) -> str:
         if record[key]:
             parts += ["", show(record[key])]
     return "\n".join(parts)
-
-
-def append_log(record: dict, path: pathlib.Path) -> None:
-    """Add the dated paragraph to the log of finished questions."""
-    if not path.parent.is_dir():
-        raise config.InputError(
-            f"--log writes to {path}, but {path.parent}/ is not here; run from the "
-            "project's folder"
-        )
-    with path.open("a") as file:
-        file.write("\n" + table.paragraph(record))

@@ -6,7 +6,9 @@ scale, norms off one and biases off zero, so that a missing bias, a wrong norm o
 wrong RoPE layout shows at once (the library's own initialization hides them).
 """
 
+import copy
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import config, models
-from qwen_jax.models import hf
+from qwen_jax.models import decode, decoder, hf
 from qwen_jax.train import losses
 
 torch = pytest.importorskip("torch")
@@ -164,6 +166,16 @@ def reference_logits(model, ids, attention_mask=None):
         return model(torch.tensor(ids, dtype=torch.long), **kwargs).logits.numpy()
 
 
+def exact_logits(model, ids):
+    """The same in float64, where the library itself would round to float32: in norms,
+    softmax, RoPE and router it names that type."""
+    model = copy.deepcopy(model).double()
+    model.set_experts_implementation("eager")  # its grouped product has no float64
+    wide = mock.patch.object(torch, "float32", torch.float64)
+    with wide, mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        return reference_logits(model, ids)
+
+
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
@@ -176,10 +188,32 @@ def pair(request, tmp_path_factory):
 def test_logits(pair):
     _, reference, _spec, params, _, forward = pair
     ids = tokens(4)
-    got = forward(params, ids, np.ones_like(ids))
-    want = reference_logits(reference, ids)
-    assert want.std() > 0.3
+    got = np.asarray(forward(params, ids, np.ones_like(ids)))
+    want, exact = reference_logits(reference, ids), exact_logits(reference, ids)
+    assert exact.dtype == np.float64 and want.std() > 0.3
+    noise = np.abs(want - exact).max()
+    assert 0 < noise < 2.5e-4
+    assert np.abs(got - exact).max() < 4 * noise
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
+def test_the_same_twenty_tokens(pair):
+    """Greedy decoding with a cache, prompts of different lengths in one call."""
+    name, reference, spec, params, _, _ = pair
+    prompts = [tokens(1, seed=5)[0, :n].tolist() for n in (9, 16)]
+    layers_apart = decoder.unstacked(spec, params)
+    got = decode.generate(spec, layers_apart, prompts, max_tokens=20)
+    for prompt, new in zip(prompts, got, strict=True):
+        with torch.no_grad():
+            out = reference.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=20,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        assert new == out[0, len(prompt) :].tolist(), name
 
 
 def test_padded_rows(pair):

@@ -16,12 +16,11 @@ from __future__ import annotations
 import line
 
 
-def build(shape: dict, options: dict):
-    """Make the model, run one step to warm up, return facts and the stepper."""
+def make_model(shape: dict):
+    """The library's Qwen3 of this shape with fresh random weights."""
     import torch
     import transformers
 
-    torch.set_num_threads(options["threads"])
     torch.manual_seed(0)
     cfg = transformers.Qwen3Config(
         vocab_size=shape["vocab"],
@@ -35,14 +34,24 @@ def build(shape: dict, options: dict):
         rms_norm_eps=shape["norm_eps"],
         rope_parameters={"rope_type": "default", "rope_theta": shape["rope_theta"]},
         tie_word_embeddings=shape["tied"],
-        use_cache=False,
         attn_implementation="sdpa",
     )
-    model = transformers.Qwen3ForCausalLM(cfg).to(torch.float32).train()
+    model = transformers.Qwen3ForCausalLM(cfg).to(torch.float32)
     with torch.no_grad():
         for value in model.parameters():
             if value.ndim == 2:
                 value.normal_(std=value.shape[1] ** -0.5)
+    return model
+
+
+def build(shape: dict, options: dict):
+    """Make the model, run one step to warm up, return facts and the stepper."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(options["threads"])
+    model = make_model(shape).train()
+    model.config.use_cache = False
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=options["lr"],

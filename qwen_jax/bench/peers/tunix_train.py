@@ -76,11 +76,9 @@ def make_step(graph, optimizer, tokens, targets):
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def build(shape: dict, options: dict):
-    """Make the model, compile and run one step, return facts and the stepper."""
-    import jax
+def make_model(shape: dict):
+    """The library's Qwen3 of this shape: its definition and freshly drawn weights."""
     import jax.numpy as jnp
-    import optax
     from flax import nnx
     from tunix.models.qwen3 import model as qwen3
 
@@ -98,7 +96,16 @@ def build(shape: dict, options: dict):
         dtype=jnp.float32,
         param_dtype=jnp.float32,
     )
-    graph, params = make_params(qwen3.Qwen3(cfg, rngs=nnx.Rngs(params=0)), shape)
+    return make_params(qwen3.Qwen3(cfg, rngs=nnx.Rngs(params=0)), shape)
+
+
+def build(shape: dict, options: dict):
+    """Make the model, compile and run one step, return facts and the stepper."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    graph, params = make_model(shape)
     optimizer = optax.adamw(options["lr"], b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
     if options["clip"]:
         clip = optax.clip_by_global_norm(options["clip"])
