@@ -256,6 +256,15 @@ def thaw(record: Any) -> Any:
     return record
 
 
+def merge(base: Mapping, changes: Mapping) -> dict[str, Any]:
+    """`base` with `changes` in it; of a group only the keys that are given change."""
+    out = dict(base)
+    for key, value in changes.items():
+        groups = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merge(out[key], value) if groups else value
+    return out
+
+
 def flatten(node: Mapping, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; lists stay values."""
     flat = {}

@@ -196,7 +196,7 @@ def resolve(
     overrides = [(k, v) for k, v in overrides if k != "model.base"]
     model.pop("base", "")
     if base:
-        given["model"] = config.thaw(spec_lib.get(base)) | model
+        given["model"] = config.merge(config.thaw(spec_lib.get(base)), model)
     if data_path:
         given.setdefault("data", {})["sources"] = [{"path": data_path}]
     whole = complete(Experiment, given)

@@ -161,6 +161,13 @@ def active() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def platform() -> str:
+    """cpu, gpu or tpu: of the mesh that is set, which a dry run makes of devices that
+    are not here; of JAX's own choice with no mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def axis_size(axes: Axes) -> int:
     """Number of devices along `axes` of the mesh that is set; 1 with no mesh."""
     if axes is None or not active():

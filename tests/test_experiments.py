@@ -15,6 +15,7 @@ FILES = sorted((ROOT / "experiments").rglob("*.py"))
 PRETRAIN = [path for path in FILES if path.parent.name == "pretrain"]
 # Of a run and not of the model: what an experiment may choose.
 CHOSEN = ("param_dtype", "compute_dtype", "reduce_dtype", "attention")
+CHOSEN += ("moe.impl", "moe.exchange", "moe.capacity_factor")
 # Weights of the published checkpoints: arXiv 2505.09388 table 1, arXiv 2412.15115.
 WEIGHTS = {
     "qwen3-0.6b": (0.6e9, 0.44e9),
@@ -23,6 +24,9 @@ WEIGHTS = {
     "qwen3-8b": (8.2e9, 6.95e9),
     "qwen3-32b": (32.8e9, 31.2e9),
     "qwen2.5-7b": (7.61e9, 6.53e9),
+    "qwen3-30b-a3b": (30.5e9, 29.9e9),
+    "qwen3-next-80b-a3b": (79.7e9, 79.05e9),
+    "qwen3.5-27b": (26.9e9, 24.35e9),
 }
 
 
@@ -48,7 +52,7 @@ def texts(overrides):
 
 
 def test_there_are_experiments():
-    assert len(PRETRAIN) == 6 and len(FILES) > len(PRETRAIN)
+    assert len(PRETRAIN) == 9 and len(FILES) > len(PRETRAIN)
 
 
 @every
@@ -78,8 +82,7 @@ def test_an_unknown_argument_is_refused(path):
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=name_of)
 def test_the_model_is_the_published_size_the_file_is_named_after(path):
-    family, size = re.fullmatch(r"(qwen\d(?:p\d)?)_(.+)", path.stem).groups()
-    name = f"{family}-{size}".replace("p", ".")
+    name = re.sub(r"(?<=\d)p(?=\d)", ".", path.stem).replace("_", "-")
     exp = experiment.resolve(str(path))
     want = config.thaw(spec_lib.get(name))
     got = config.thaw(exp.model)

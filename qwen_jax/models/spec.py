@@ -291,6 +291,23 @@ _HYBRID = {
 }
 
 
+def _qwen3_5(width, heads, kv_heads, layers, *, values, ffn=0, moe=None, tie=False):
+    """Qwen3.5 (text): three linear layers, then one gated attention; 16 key heads."""
+    return Spec(
+        family="qwen3_5" if moe is None else "qwen3_5_moe",
+        vocab_size=248_320,
+        width=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        ffn_width=ffn or 1,
+        tie_embedding=tie,
+        delta=Delta(value_heads=values),
+        moe=moe,
+        **_HYBRID | {"eos_ids": (248_044,)},
+    )
+
+
 NAMED: dict[str, Spec] = {
     # Qwen2, arXiv 2407.10671 table 1.
     "qwen2-0.5b": _qwen2(896, 14, 2, 4864, 24, tie=True),
@@ -315,7 +332,17 @@ NAMED: dict[str, Spec] = {
     # Qwen3 with experts, arXiv 2505.09388 table 2.
     "qwen3-30b-a3b": _qwen3_moe(2048, 32, 4, 6144, 768, 48),
     "qwen3-235b-a22b": _qwen3_moe(4096, 64, 4, 12288, 1536, 94),
-    # Qwen2 with experts, arXiv 2407.10671 table 1.
+    "qwen3-coder-480b-a35b": dataclasses.replace(
+        _qwen3_moe(6144, 96, 8, 8192, 2560, 62, theta=1e7),
+        moe=MoE(num_experts=160, experts_per_token=8, ffn_width=2560),
+        max_positions=262_144,
+    ),
+    # Qwen1.5 and Qwen2 with experts, arXiv 2407.10671 table 1.
+    "qwen1.5-moe-a2.7b": dataclasses.replace(
+        _qwen2(2048, 16, 16, 5632, 24, tie=False, positions=8192),
+        family="qwen2_moe",
+        moe=MoE(60, 4, 1408, shared_width=5632, norm_topk=False),
+    ),
     "qwen2-57b-a14b": dataclasses.replace(
         _qwen2(3584, 28, 4, 18944, 28, tie=False, vocab=151_936),
         family="qwen2_moe",
@@ -334,6 +361,21 @@ NAMED: dict[str, Spec] = {
         moe=MoE(512, 10, 512, shared_width=512),
         **_HYBRID,
     ),
+    # Qwen3.5 (text), config.json of the published checkpoints.
+    "qwen3.5-0.8b": _qwen3_5(1024, 8, 2, 24, values=16, ffn=3584, tie=True),
+    "qwen3.5-2b": _qwen3_5(2048, 8, 2, 24, values=16, ffn=6144, tie=True),
+    "qwen3.5-4b": _qwen3_5(2560, 16, 4, 32, values=32, ffn=9216, tie=True),
+    "qwen3.5-9b": _qwen3_5(4096, 16, 4, 32, values=32, ffn=12_288),
+    "qwen3.5-27b": _qwen3_5(5120, 24, 4, 64, values=48, ffn=17_408),
+    "qwen3.5-35b-a3b": _qwen3_5(
+        2048, 16, 2, 40, values=32, moe=MoE(256, 8, 512, shared_width=512)
+    ),
+    "qwen3.5-122b-a10b": _qwen3_5(
+        3072, 32, 2, 48, values=64, moe=MoE(256, 8, 1024, shared_width=1024)
+    ),
+    "qwen3.5-397b-a17b": _qwen3_5(
+        4096, 32, 2, 60, values=64, moe=MoE(512, 10, 1024, shared_width=1024)
+    ),
 }
 
 
@@ -345,4 +387,5 @@ def get(name: str, **changes: Any) -> Spec:
     """
     if name not in NAMED:
         raise config.InputError(f"model {name!r}{config.nearest(name, NAMED)}")
-    return config.freeze(Spec, config.thaw(NAMED[name]) | changes, at="model")
+    values = config.merge(config.thaw(NAMED[name]), changes)
+    return config.freeze(Spec, values, at="model")

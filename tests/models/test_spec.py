@@ -43,13 +43,55 @@ def test_published_totals(name):
     )
 
 
-@pytest.mark.parametrize("name", ["qwen2-1.5b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b"])
+# Sums over published files where they hold the text model alone, else billions (those
+# files hold vision and prediction heads, too); then the active billions.
+PUBLISHED_HYBRID_OR_SPARSE = {
+    "qwen3-30b-a3b": (30_532_122_624, 3.35),
+    "qwen3-235b-a22b": (235_093_634_560, 22.2),
+    "qwen3-coder-480b-a35b": (480_154_875_392, 35.5),
+    "qwen1.5-moe-a2.7b": (14_315_784_192, 2.7),
+    "qwen2-57b-a14b": (57.4e9, 14.2),
+    "qwen3-next-80b-a3b": (79.7e9, 3.9),
+    "qwen3.5-0.8b": (0.75e9, 0.75),
+    "qwen3.5-2b": (1.88e9, 1.88),
+    "qwen3.5-4b": (4.2e9, 4.2),
+    "qwen3.5-9b": (8.95e9, 8.95),
+    "qwen3.5-27b": (26.9e9, 26.9),
+    "qwen3.5-35b-a3b": (34.7e9, 3.45),
+    "qwen3.5-122b-a10b": (122e9, 9.8),
+    "qwen3.5-397b-a17b": (397e9, 17.3),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_HYBRID_OR_SPARSE)
+def test_published_totals_of_experts_and_hybrids(name):
+    spec = spec_lib.get(name)
+    total, active = PUBLISHED_HYBRID_OR_SPARSE[name]
+    exact = isinstance(total, int)
+    assert flops.num_params(spec) == pytest.approx(total, rel=0 if exact else 0.01)
+    assert flops.num_active(spec) / 1e9 == pytest.approx(active, rel=0.01)
+
+
+def test_what_hybrids_keep_of_a_row():
+    """Qwen3.5-27B: 16 attention layers of 4 heads of 256, 48 linear ones."""
+    spec = spec_lib.get("qwen3.5-27b")
+    assert flops.kv_bytes_per_token(spec) == 16 * 2 * 4 * 256 * 2
+    matrices, taps = 48 * 128 * 128 * 4, 3 * (2 * 16 + 48) * 128 * 2
+    assert flops.state_bytes(spec) == 48 * (matrices + taps)
+
+
+TOLD = ["qwen2-1.5b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b", "qwen1.5-moe-a2.7b"]
+TOLD += ["qwen3-30b-a3b", "qwen3-next-80b-a3b", "qwen3.5-27b", "qwen3.5-35b-a3b"]
+
+
+@pytest.mark.parametrize("name", TOLD)
 def test_as_many_weights_as_transformers_makes_of_the_configuration(name):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     raw = hf_config.config_of(spec_lib.get(name))
-    kind = {"qwen2": "Qwen2", "qwen3": "Qwen3"}[raw["model_type"]]
-    settings = getattr(transformers, f"{kind}Config")(**raw)
+    kind = raw["architectures"][0].removesuffix("ForCausalLM")
+    text = "Text" if kind.startswith("Qwen3_5") else ""
+    settings = getattr(transformers, f"{kind}{text}Config")(**raw)
     with torch.device("meta"):
         model = getattr(transformers, f"{kind}ForCausalLM")(settings)
     theirs = sum(weight.numel() for weight in model.parameters())
@@ -190,6 +232,14 @@ def test_one_tree_whatever_the_loop():
 def test_sizes_that_make_no_model(change, told):
     with pytest.raises(config.InputError, match=told):
         spec_lib.get("qwen3-0.6b", **change)
+
+
+def test_a_part_of_a_group_leaves_the_rest_of_it():
+    spec = spec_lib.get("qwen3-next-80b-a3b", moe={"exchange": "all_to_all"})
+    told = spec_lib.get("qwen3-next-80b-a3b").moe
+    assert spec.moe == dataclasses.replace(told, exchange="all_to_all")
+    with pytest.raises(config.InputError, match="did you mean 'exchange'"):
+        spec_lib.get("qwen3-30b-a3b", moe={"exchang": "gather"})
 
 
 def test_an_unknown_size_gets_the_nearest():

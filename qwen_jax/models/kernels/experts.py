@@ -61,7 +61,7 @@ def apply(
             f"down {down_efd.shape}"
         )
     if impl == "auto":
-        impl = "blocks" if jax.default_backend() == "cpu" else "ragged"
+        impl = "blocks" if mesh.platform() == "cpu" else "ragged"
     # Results differ along every axis along which an input does; so do the cotangents of
     # all inputs, and what an input did not differ along is summed where it came from.
     inputs = (x_md, choice_ma, weight_ma, gate_edf, up_edf, down_efd)
