@@ -14,6 +14,7 @@ a vocabulary is to be learnt and there is no text.
 """
 
 import dataclasses
+import importlib.metadata
 import itertools
 import math
 import pathlib
@@ -24,7 +25,7 @@ import grain
 import numpy as np
 
 from qwen_jax import config
-from qwen_jax.data import packing, source, stream, tokenizer
+from qwen_jax.data import files, packing, source, stream, tokenizer
 
 _READ = 256
 # Text to learn a vocabulary from, for each of its entries: more hardly changes the
@@ -182,13 +183,34 @@ def prepare_tokenizer(
     if data.tokenizer:
         vocabulary = tokenizer.load(data.tokenizer)
     else:
+        vocabulary = _learnt(data, sources or source.open_sources(data))
+    vocabulary.save(folder)
+    return vocabulary
+
+
+def _learnt(
+    data: source.DataConfig, sources: Sequence[source.Source]
+) -> tokenizer.Tokenizer:
+    """A BPE of the corpus, kept in the data cache: learning it takes seconds, which the
+    next run of the same text, sizes and library need not wait for."""
+    facts = [
+        "vocabulary",
+        importlib.metadata.version("tokenizers"),
+        source.manifest(sources)["hash"],
+        [[one.config.format, one.config.document_bytes] for one in sources],
+        data.vocab_size,
+        data.holdout_share,
+        data.max_record_bytes,
+        _TRAINING_BYTES_PER_ID,
+    ]
+
+    def learn(folder: pathlib.Path) -> None:
         enough = _TRAINING_BYTES_PER_ID * data.vocab_size
-        sources = sources or source.open_sources(data)
         sample = texts(data, enough, sources=sources)
         first = next(sample, None)
         if first is None:
             raise _no_text(sources)
         whole = itertools.chain([first], sample)
-        vocabulary = tokenizer.train(whole, data.vocab_size)
-    vocabulary.save(folder)
-    return vocabulary
+        tokenizer.train(whole, data.vocab_size).save(folder)
+
+    return tokenizer.load(files.Cache(data.cache_dir).entry(facts, learn))

@@ -105,9 +105,20 @@ def test_a_share_that_chooses_nothing(data, vocabulary):
         corpus.heldout(data, vocabulary, batch_rows=5, process_count=2)
 
 
-def test_the_runs_tokenizer(data, vocabulary, tmp_path):
+def test_the_runs_tokenizer(data, vocabulary, tmp_path, monkeypatch):
     first = corpus.prepare_tokenizer(data, tmp_path / "run")
     assert first.vocab_size <= 320 and first.fingerprint == vocabulary.fingerprint
+    # Learning it is not done twice for the same text and size.
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenizer, "train", None)
+        again = corpus.prepare_tokenizer(data, tmp_path / "next")
+        with pytest.raises(TypeError):
+            smaller = dataclasses.replace(data, vocab_size=310)
+            corpus.prepare_tokenizer(smaller, tmp_path / "smaller")
+        with pytest.raises(TypeError):
+            other = dataclasses.replace(data, sources=data.sources[:1])
+            corpus.prepare_tokenizer(other, tmp_path / "one")
+    assert again.fingerprint == first.fingerprint
     # What the run folder keeps is used again, whatever the corpus is by now.
     kept = corpus.prepare_tokenizer(
         dataclasses.replace(data, vocab_size=300), tmp_path / "run"
