@@ -131,7 +131,7 @@ def load(
     changes = {"param_dtype": dtype, "compute_dtype": dtype} | changes
     spec = hf_config.spec_from_config(config_of(header), **changes)
     tensors = _Tensors(header)
-    used = hf.match(spec, tensors, table(spec), header.path, "its key-value pairs")
+    used = hf.match(spec, tensors, table(spec), header.path, "its header")
     left = sorted(set(header.tensors) - used)
     if left:
         raise config.InputError(

@@ -433,12 +433,19 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """
     folder = pathlib.Path(folder)
     path = folder / "config.json"
+    if folder.is_file():
+        raise config.InputError(
+            f"{folder} is a file where a model folder is wanted; if it is a GGUF file, "
+            f"`qwen-jax convert {folder} DIR` makes a folder of it"
+        )
     if not folder.is_dir():
         raise config.InputError(f"model folder {str(folder)!r} does not exist")
     if not path.is_file():
+        single = sorted(x.name for x in folder.glob("*.gguf"))
+        hint = f"; or give one of its GGUF files: {', '.join(single[:9])}"
         raise config.InputError(
             f"{folder} has no config.json: wanted a Hugging Face model folder "
-            "(config.json and *.safetensors)"
+            f"(config.json and *.safetensors){hint if single else ''}"
         )
     try:
         raw = json.loads(path.read_text())

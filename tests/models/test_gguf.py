@@ -234,12 +234,24 @@ def test_tensors_of_another_model(tiny, tmp_path):
     assert "has no tensor 'blk.0.ffn_up.weight'; did you mean" in told
     other = {"blk.0.ffn_up.weight": np.ones((32, 64), np.float32)}
     told = refusal(tiny, tmp_path, change=lambda t: t.update(other))
-    assert "shape (32, 64), its key-value pairs wants (64, 32)" in told
+    assert "shape (32, 64), its header wants (64, 32)" in told
     scales = {"rope_freqs.weight": np.ones(4, np.float32)}
     told = refusal(tiny, tmp_path, change=lambda t: t.update(scales))
     assert "scales positions as Llama 3.1 does" in told
     told = refusal(tiny, tmp_path, change=lambda t: t.pop("token_embd.weight"))
     assert "has no tensor 'token_embd.weight'" in told
+
+
+def test_a_file_and_a_folder_are_told_apart(tiny, tmp_path):
+    made, tensors = tiny
+    ggufs.write(tmp_path / "a.gguf", "llama", tensors, made.config)
+    with pytest.raises(config.InputError, match="one of its GGUF files: a.gguf"):
+        models.load(tmp_path)
+    with pytest.raises(config.InputError, match="qwen-jax convert .*a.gguf DIR"):
+        hf.load(tmp_path / "a.gguf")
+    (tmp_path / "a.txt").write_text("{}")
+    with pytest.raises(config.InputError, match="begins with b'{}' and not with"):
+        models.load(tmp_path / "a.txt")
 
 
 def test_another_architecture(tiny, tmp_path):
