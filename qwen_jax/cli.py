@@ -119,10 +119,10 @@ def _add_run(verbs: Any) -> None:
 
 def _add_generate(verbs: Any) -> None:
     generate = verbs.add_parser(
-        "generate", help="continue prompts with a model folder", allow_abbrev=False
+        "generate", help="continue prompts with a model", allow_abbrev=False
     )
     add = generate.add_argument
-    add("--model", required=True, metavar="DIR", help="a Hugging Face model folder")
+    add("--model", required=True, metavar="PATH", help="a model folder or a GGUF file")
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     add(
         "--prompt_file", default="", metavar="FILE", help="one prompt a line; - = stdin"
@@ -166,11 +166,11 @@ def _add_report(verbs: Any) -> None:
 def _add_convert(verbs: Any) -> None:
     convert = verbs.add_parser(
         "convert",
-        help="a run's checkpoint, or a model folder, to a Hugging Face folder",
+        help="a run's checkpoint, model folder or GGUF file to a Hugging Face folder",
         allow_abbrev=False,
     )
     add = convert.add_argument
-    add("source", metavar="RUN_OR_MODEL", help="a run folder or a model folder")
+    add("source", metavar="RUN_OR_MODEL", help="a run or model folder, or a GGUF file")
     add("target", metavar="DIR", help="folder to write")
     add("--step", type=int, default=-1, help="checkpoint of a run; newest by default")
     add("--dtype", default="", help="float32 or bfloat16; default: as it is")

@@ -24,25 +24,30 @@ def write(
     vocabulary: tokenizer.Tokenizer,
     folder: pathlib.Path,
     dtype: str | None = None,
+    *,
+    keep_ids: bool = False,
 ) -> None:
     """Weights, configuration and tokenizer as transformers loads them.
 
     Args:
-      spec: the model; its end id becomes the tokenizer's.
+      spec: the model.
       weights: stacked parameters on any mesh.
       vocabulary: the tokenizer.
       folder: made if missing.
       dtype: of the tensors; None keeps the parameters' own.
+      keep_ids: the model's ids for begin and end are its own, where it has any; else
+        they become the tokenizer's, with which it was trained.
     """
-    spec = dataclasses.replace(
-        spec, bos_id=vocabulary.eos_id, eos_ids=(vocabulary.eos_id,)
-    )
+    if not keep_ids or not spec.eos_ids:
+        end = vocabulary.eos_id
+        spec = dataclasses.replace(spec, bos_id=end, eos_ids=(end,))
     models.save(spec, weights, folder, dtype=dtype)
     if jax.process_index() == 0:
         vocabulary.save(folder)
+        ends = list(spec.eos_ids)
         generation = {
-            "bos_token_id": vocabulary.eos_id,
-            "eos_token_id": vocabulary.eos_id,
+            "bos_token_id": spec.bos_id,
+            "eos_token_id": ends[0] if len(ends) == 1 else ends,
             "pad_token_id": vocabulary.pad_id,
         }
         text = json.dumps(generation, indent=2) + "\n"

@@ -3,7 +3,7 @@
 
 `generate` prints the continuation of each prompt; `preview` shows the first packed rows
 of an experiment; `convert` writes a Hugging Face folder from a run's checkpoint (read
-only: the run may be training) or from another model folder, in another dtype.
+only: the run may be training), from another model folder or from a GGUF file.
 Raises: config.InputError for what is missing or does not fit.
 """
 
@@ -20,7 +20,7 @@ import jax
 from qwen_jax import checks, config, experiment, export, main, mesh, models, params
 from qwen_jax.checkpoint import manager
 from qwen_jax.data import corpus, loader, preview, source, tokenizer
-from qwen_jax.models import decode, decoder
+from qwen_jax.models import decode, decoder, gguf
 from qwen_jax.models import spec as spec_lib
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -52,12 +52,14 @@ def generate(args: argparse.Namespace) -> int:
         )
     main.use_compile_cache()
     spec, weights = models.load(folder, dtype=args.dtype)
-    vocabulary = tokenizer.load(folder)
+    is_gguf = gguf.is_gguf(folder)
+    vocabulary = gguf.tokenizer(folder) if is_gguf else tokenizer.load(folder)
     if not spec.eos_ids:
         spec = dataclasses.replace(spec, eos_ids=(vocabulary.eos_id,))
-    # A model trained here begins every document with its end id; published ones do not
-    # need it, and an empty prompt has nothing else to begin with.
-    begins = [spec.bos_id] if spec.bos_id == vocabulary.eos_id else []
+    # A model trained here begins every document with its end id; published ones say it
+    # where they need one, and an empty prompt has nothing else to begin with.
+    begin = vocabulary.settings.get("add_bos_token", spec.bos_id == vocabulary.eos_id)
+    begins = [spec.bos_id] if begin and spec.bos_id is not None else []
     ids = [begins + vocabulary.encode(text, allow_special=True) for text in prompts]
     ids = [one or [vocabulary.eos_id] for one in ids]
     new = decode.generate(
@@ -121,7 +123,7 @@ def preview_data(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
 
 
 def convert(args: argparse.Namespace) -> int:
-    """`qwen-jax convert`: a run or a model folder -> a Hugging Face folder."""
+    """`qwen-jax convert`: a run, model folder or GGUF file -> a Hugging Face folder."""
     if args.dtype:
         _check_dtype(args.dtype)
     origin, target = pathlib.Path(args.source), pathlib.Path(args.target)
@@ -137,12 +139,18 @@ def convert(args: argparse.Namespace) -> int:
     if vocabulary is None:
         models.save(spec, weights, target, dtype=args.dtype or None)
     else:
-        export.write(spec, weights, vocabulary, target, args.dtype or None)
+        # A published model ends answers with ids that end no document, or several.
+        keep_ids = not (origin / "run.json").is_file()
+        export.write(
+            spec, weights, vocabulary, target, args.dtype or None, keep_ids=keep_ids
+        )
     print(f"{what} -> {target} ({params.count(weights):,} weights)")
     return 0
 
 
 def _tokenizer_of(folder: pathlib.Path) -> tokenizer.Tokenizer | None:
+    if gguf.is_gguf(folder):
+        return gguf.tokenizer(folder)
     if not (folder / "tokenizer.json").is_file():
         print(f"{folder} has no tokenizer.json: only weights are written")
         return None

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every Qwen as pure functions: `load`, `forward`, `save`, `init`.
 
-    spec, params = models.load("DIR", dtype="float32")
+    spec, params = models.load("DIR or FILE.gguf", dtype="float32")
     logits_btv = models.forward(spec, params, tokens_bt)
     models.save(spec, params, "DIR")
 
 `init(spec, seed)` gives random weights of a Spec or of a published size by name.
 """
 
+import os
 from typing import Any
 
 import jax
@@ -15,13 +16,36 @@ import jax
 from qwen_jax import mesh as mesh_lib
 from qwen_jax import params as params_lib
 from qwen_jax import rng
-from qwen_jax.models import decoder
+from qwen_jax.models import decoder, gguf, hf
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.models.decoder import forward
-from qwen_jax.models.hf import load, save
+from qwen_jax.models.hf import save
 from qwen_jax.models.spec import Spec
 
 __all__ = ["Spec", "forward", "init", "load", "save"]
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    device_mesh: jax.sharding.Mesh | None = None,
+    rules: mesh_lib.Rules | None = None,
+    **changes: Any,
+) -> tuple[Spec, Any]:
+    """Spec and parameters of a Hugging Face folder or a GGUF file.
+
+    Args:
+      path: the folder or the file.
+      dtype: of parameters and compute; None takes the one that is there.
+      device_mesh: lay the parameters out on it, by `rules`.
+      rules: dims -> mesh axes.
+      **changes: fields of the Spec to replace.
+    Raises:
+      config.InputError: see `hf` and `gguf`.
+    """
+    form = gguf if gguf.is_gguf(path) else hf
+    return form.load(path, dtype=dtype, device_mesh=device_mesh, rules=rules, **changes)
 
 
 def init(

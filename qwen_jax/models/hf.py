@@ -92,21 +92,7 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
     folder = pathlib.Path(folder)
     tensors = _Tensors(folder)
     used = {"lm_head.weight"} if spec.tie_embedding else set()
-    table = _table(tensors, spec)
-    flat, _ = jax.tree_util.tree_flatten_with_path(
-        decoder.decoder_params(spec), is_leaf=params.is_param
-    )
-    for path, _ in flat:
-        key = _key(path)
-        wanted = names.shape(table[key], spec)
-        for full, _ in names.places(table[key], key, spec):
-            found = tensors.shape(full)
-            if found != wanted:
-                raise config.InputError(
-                    f"tensor {full!r} of {folder} has shape {found}, its config.json "
-                    f"wants {wanted}: the two are of different models"
-                )
-            used.add(full)
+    used |= match(spec, tensors, _table(tensors, spec), folder, "its config.json")
     left = [n for n in tensors.names - used if not n.endswith(IGNORED)]
     parts = [n for n in left if n.startswith(OTHER_PARTS)]
     if parts:
@@ -124,6 +110,36 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
             "tie_word_embeddings in its config.json"
         )
     return tensors
+
+
+def match(
+    spec: spec_lib.Spec,
+    tensors: Any,
+    table: dict[str, names.Tensor],
+    where: pathlib.Path,
+    wanting: str,
+) -> set[str]:
+    """Names of the tensors that a Spec's weights are made of, each of the right shape.
+
+    Raises:
+      config.InputError: one is misshapen, or (from `tensors.shape`) missing.
+    """
+    used = set()
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        decoder.decoder_params(spec), is_leaf=params.is_param
+    )
+    for path, _ in flat:
+        key = _key(path)
+        wanted = names.shape(table[key], spec)
+        for full, _ in names.places(table[key], key, spec):
+            found = tensors.shape(full)
+            if found != wanted:
+                raise config.InputError(
+                    f"tensor {full!r} of {where} has shape {found}, {wanting} "
+                    f"wants {wanted}: the two are of different models"
+                )
+            used.add(full)
+    return used
 
 
 def _table(tensors: _Tensors, spec: spec_lib.Spec) -> dict[str, names.Tensor]:
@@ -158,6 +174,17 @@ def load(
     spec = hf_config.spec_from_config(raw, **changes)
     tensors = check(folder, spec)
     table = _table(tensors, spec)
+    return spec, fill(spec, tensors, table, device_mesh, rules)
+
+
+def fill(
+    spec: spec_lib.Spec,
+    tensors: Any,
+    table: dict[str, names.Tensor],
+    device_mesh: jax.sharding.Mesh | None = None,
+    rules: mesh.Rules | None = None,
+) -> dict[str, Any]:
+    """Parameters from `tensors.get(name)` by a name map; one weight at a time."""
     tree = decoder.decoder_params(spec)
     layout = None
     if device_mesh is not None:
@@ -172,7 +199,7 @@ def load(
             continue
         # device_put would compare whole arrays between processes, in device memory.
         leaves.append(jax.make_array_from_callback(host.shape, place, host.__getitem__))
-    return spec, treedef.unflatten(leaves)
+    return treedef.unflatten(leaves)
 
 
 def _key(path: Any) -> str:
@@ -191,8 +218,13 @@ def _read(
     pattern = dict(tensor.parts)[key]
     known = names.axes(pattern, names.sizes(spec, key))
     cut = names.cuts(tensor, spec)[key]
-    out = np.empty(p.shape, jnp.dtype(spec.param_dtype))
-    for full, place in names.places(tensor, key, spec):
+    dtype = jnp.dtype(spec.param_dtype)
+    places = names.places(tensor, key, spec)
+    if places == [(tensor.name, ())] and not tensor.view and len(tensor.parts) == 1:
+        whole = rearrange(tensors.get(tensor.name), pattern, **known)
+        return whole.astype(dtype, copy=False)  # the tables: no second copy of them
+    out = np.empty(p.shape, dtype)
+    for full, place in places:
         there = _brought_out(tensors.get(full), tensor, spec)
         there = there[(slice(None),) * tensor.dim + (cut,)]
         out[place] = rearrange(there, pattern, **known).astype(out.dtype)

@@ -34,6 +34,8 @@ class Family:
 
 
 FAMILIES = {
+    # The same block without Qwen's additions: Llama, SmolLM2.
+    "llama": Family("LlamaForCausalLM", qk_norm=False),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, qk_norm=False),
     "qwen2_moe": Family(
         "Qwen2MoeForCausalLM",
@@ -95,7 +97,7 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
     heads = raw["num_attention_heads"]
     theta, scaling = _rope(raw)
     eos = raw.get("eos_token_id")
-    window, full_layers = _window(raw)
+    window, full_layers = _window(raw) if family != "llama" else (0, 0)
     mixers, delta = _mixers(raw, known)
     values = {
         "family": family,
@@ -133,6 +135,8 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
             f"attention_bias=true with {family} puts a bias on the output projection "
             "too, which this decoder does not have"
         )
+    if raw.get("mlp_bias"):
+        raise config.InputError("mlp_bias=true: this decoder has none in the mlp")
     if raw.get("output_gate_type", "silu") not in ("silu", "swish"):
         raise config.InputError(
             f"output_gate_type {raw['output_gate_type']!r}: wanted 'silu'"
@@ -429,12 +433,19 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """
     folder = pathlib.Path(folder)
     path = folder / "config.json"
+    if folder.is_file():
+        raise config.InputError(
+            f"{folder} is a file where a model folder is wanted; if it is a GGUF file, "
+            f"`qwen-jax convert {folder} DIR` makes a folder of it"
+        )
     if not folder.is_dir():
         raise config.InputError(f"model folder {str(folder)!r} does not exist")
     if not path.is_file():
+        single = sorted(x.name for x in folder.glob("*.gguf"))
+        hint = f"; or give one of its GGUF files: {', '.join(single[:9])}"
         raise config.InputError(
             f"{folder} has no config.json: wanted a Hugging Face model folder "
-            "(config.json and *.safetensors)"
+            f"(config.json and *.safetensors){hint if single else ''}"
         )
     try:
         raw = json.loads(path.read_text())

@@ -8,7 +8,8 @@ brings out the dim `dim` along which they follow each other.
 Formats: a linear layer there is [out, in], heads joined (head-major) in one dim; here
 dims are split and the input comes first. `{i}` in a name is the layer, `{e}` the
 expert; patterns leave out the dims that these stand for. Letters as in `dims`, with the
-sizes of the layer's part: `k` is the head width of attention, in `delta` of its keys.
+sizes of the layer's part: `k` is the head width of attention, in `delta` of its keys;
+`x` are the two halves of an attention head, `r` the dims of each.
 Invariants: a weight has one entry in a table; with experts there are two layouts, each
 expert by itself or all fused, and the one that a folder has is read.
 """
@@ -170,7 +171,7 @@ def sizes(spec: spec_lib.Spec, key: str) -> dict[str, int]:
         width = spec.moe.shared_width if ".shared." in key else spec.moe.ffn_width
         return out | {"e": spec.moe.num_experts, "f": width}
     heads = {"n": spec.num_heads, "h": spec.num_kv_heads, "k": spec.head_width}
-    return out | heads
+    return out | heads | {"r": spec.head_width // 2, "x": 2}
 
 
 def _dims(side: str) -> list[list[str]]:

@@ -39,6 +39,17 @@ COMMON = {
     "attn_implementation": "eager",
 }
 CASES = {
+    "llama": ("Llama", {"head_dim": 16}),
+    "llama-tied": (
+        "Llama",
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "hidden_size": 48,
+            "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
+    ),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3-tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3-mha": ("Qwen3", {"head_dim": 8, "num_key_value_heads": 4}),
@@ -336,6 +347,25 @@ def test_wrong_tensors_are_named(tmp_path):
     weights = next(tmp_path.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(config.InputError, match="cannot be read"):
+        models.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope type 'llama3': wanted default, linear or yarn",
+        ),
+        ({"attention_bias": True}, "attention_bias=true with llama"),
+        ({"mlp_bias": True}, "mlp_bias=true"),
+    ],
+)
+def test_a_llama_that_this_decoder_is_not(change, words, tmp_path):
+    raw = {"model_type": "llama", "vocab_size": 96, "hidden_size": 32}
+    raw |= {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(config.InputError, match=words):
         models.load(tmp_path)
 
 
