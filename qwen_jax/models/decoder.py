@@ -66,8 +66,22 @@ def decoder_params(spec: spec_lib.Spec) -> dict[str, Any]:
         },
         "norm_d": Param((d,), (None,), plain),
     }
-    if not spec.tie_embedding:
+    if spec.head == "tokens" and not spec.tie_embedding:
         tree["head_vd"] = Param((v, d), ("vocab", "embed"), init)
+    return tree | score_params(spec)
+
+
+def score_params(spec: spec_lib.Spec) -> dict[str, Param]:
+    """Weights of a head that scores classes; nothing for the other heads."""
+    if spec.head in ("tokens", "none"):
+        return {}
+    y, d, init = spec.num_classes, spec.width, normal(spec.init_std)
+    tree = {"score_yd": Param((y, d), (None, "embed"), init)}
+    if spec.head == "reward":
+        tree["score_in_dd"] = Param((d, d), ("embed", None), init)
+        tree["score_in_bias_d"] = Param((d,), (None,), zeros)
+    if spec.head == "reward" or spec.head_bias:
+        tree["score_bias_y"] = Param((y,), (None,), zeros)
     return tree
 
 
@@ -290,6 +304,11 @@ def _stacked(trees: list[Any]) -> Any:
 
 def head_vd(spec: spec_lib.Spec, params: dict[str, Any]) -> jax.Array:
     """The output matrix [v, d]: its own weight, or the embedding."""
+    if spec.head != "tokens":
+        raise config.InputError(
+            f"this model has no logits of tokens (head={spec.head!r}): use "
+            + ("models.embed" if spec.head == "none" else "models.score")
+        )
     return params["embed_vd"] if spec.tie_embedding else params["head_vd"]
 
 

@@ -15,6 +15,7 @@ import pathlib
 from typing import Any
 
 from qwen_jax import config
+from qwen_jax.models import hf_parts
 from qwen_jax.models import spec as spec_lib
 
 
@@ -71,7 +72,8 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
       config.InputError: an architecture or option this decoder does not have.
     """
     if isinstance(raw.get("text_config"), dict):  # the text part of a larger model
-        raw = {"tie_word_embeddings": raw.get("tie_word_embeddings")} | {
+        whole = ("tie_word_embeddings", "architectures", "pad_token_id")
+        raw = {k: raw.get(k) for k in whole} | {
             k: v for k, v in raw["text_config"].items() if v is not None
         }
     family = raw.get("model_type", "").removesuffix("_text")
@@ -137,6 +139,7 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
         raise config.InputError(
             f"output_gate_type {raw['output_gate_type']!r}: wanted 'silu'"
         )
+    values |= hf_parts.read(raw)
     return config.freeze(spec_lib.Spec, values | changes, at="model")
 
 
@@ -263,7 +266,6 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
     """config.json of a Spec, in the published form, which every release reads."""
     known = FAMILIES[spec.family]
     raw = {
-        "architectures": [known.architecture],
         "model_type": known.model_type or spec.family,
         "attention_dropout": 0.0,
         "hidden_act": "silu",
@@ -311,7 +313,7 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
                 raw["rope_scaling"]["attention_factor"] = scaling.attention_factor
     if known.new:
         raw |= _new_config(spec, raw["rope_scaling"])
-    return raw
+    return raw | hf_parts.write(spec, known.architecture)
 
 
 def _new_config(spec: spec_lib.Spec, scaling: dict[str, Any] | None) -> dict[str, Any]:
@@ -365,6 +367,7 @@ def check_spec(spec: spec_lib.Spec) -> None:
             f"{config.nearest(spec.family, FAMILIES)}; set --config.model.family, "
             "or --config.export=false"
         )
+    hf_parts.check(spec)
     wrong = _told_otherwise(spec)
     if not wrong:
         return
@@ -401,6 +404,7 @@ def _function(spec: spec_lib.Spec) -> dict[str, Any]:
         "init_std",
         "bos_id",
         "eos_ids",
+        "pad_id",
     )
     names = [f.name for f in dataclasses.fields(spec) if f.name not in none]
     scaling = spec.rope_scaling

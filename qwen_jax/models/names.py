@@ -47,6 +47,17 @@ def _swiglu(name: str, key: str) -> tuple[Tensor, ...]:
     )
 
 
+_SCORES = (
+    _one("score.weight", "score_yd", "y d -> y d"),
+    _one("score.bias", "score_bias_y", "y -> y"),
+)
+# Two linear layers with a ReLU between them.
+_REWARDS = (
+    _one("score.0.weight", "score_in_dd", "o d -> d o"),
+    _one("score.0.bias", "score_in_bias_d", "o -> o"),
+    _one("score.2.weight", "score_yd", "y d -> y d"),
+    _one("score.2.bias", "score_bias_y", "y -> y"),
+)
 _A = "layers.attention."
 _BASE = (
     _one("model.embed_tokens.weight", "embed_vd", "v d -> v d"),
@@ -149,6 +160,7 @@ def table(spec: spec_lib.Spec, *, fused: bool) -> dict[str, Tensor]:
         *(_EXPERTS_FUSED if fused else _EXPERTS_APART),
         *_DELTA_BASE,
         *(_DELTA_GROUPED if spec.family == "qwen3_next" else _DELTA_APART),
+        *(_REWARDS if spec.head == "reward" else _SCORES),
     )
     return {key: tensor for tensor in tensors for key, _ in tensor.parts}
 
@@ -156,6 +168,7 @@ def table(spec: spec_lib.Spec, *, fused: bool) -> dict[str, Tensor]:
 def sizes(spec: spec_lib.Spec, key: str) -> dict[str, int]:
     """What the letters of the patterns of a weight stand for."""
     out = {"d": spec.width, "v": spec.vocab_size, "f": spec.ffn_width}
+    out |= {"o": spec.width, "y": spec.num_classes}
     if key.startswith(_D):
         delta = spec.delta
         return out | {

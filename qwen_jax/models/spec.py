@@ -21,6 +21,7 @@ ATTENTION = ("blockwise", "cudnn", "splash")
 MIXERS = ("attention", "delta")
 EXPERTS = ("auto", "ragged", "blocks", "capacity", "tokamax")
 EXCHANGES = ("gather", "all_to_all")
+HEADS = ("tokens", "none", "classes", "token_classes", "reward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +128,12 @@ class Spec:
     of compute, half the traffic with bfloat16) or "float32" (see mesh.gather). The
     matrices of the layers alone: tables and head are summed in float32 always, biases
     and norms in the dtype of compute.
+
+    head: what stands on the last norm: "tokens" (logits of the vocabulary), "none"
+    (an embedding model), or scores of `num_classes`, by a matrix from the last token
+    of a document ("classes") or from each ("token_classes"), or by two matrices with
+    a ReLU between them from each ("reward"); see heads.py. head_bias: of "classes" and
+    "token_classes".
     """
 
     family: str = "qwen3"
@@ -140,6 +147,9 @@ class Spec:
     qkv_bias: bool = False
     qk_norm: bool = True
     tie_embedding: bool = True
+    head: str = "tokens"
+    num_classes: int = 0
+    head_bias: bool = False
     rope_theta: float = 1e6
     rope_scaling: RopeScaling | None = None
     max_positions: int = 40_960
@@ -160,6 +170,7 @@ class Spec:
     attention: str = "blockwise"
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads"):
@@ -196,6 +207,7 @@ class Spec:
             raise ValueError(
                 f"reduce_dtype={self.reduce_dtype!r}: wanted compute or float32"
             )
+        _check_head(self)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -228,6 +240,22 @@ class Spec:
         """
         return tuple(
             0 if i < self.full_layers else self.window for i in range(self.num_layers)
+        )
+
+
+def _check_head(spec: Spec) -> None:
+    if spec.head not in HEADS:
+        raise ValueError(f"head={spec.head!r}{config.nearest(spec.head, HEADS)}")
+    scores = spec.head not in ("tokens", "none")
+    if scores != (spec.num_classes > 0):
+        raise ValueError(
+            f"num_classes={spec.num_classes} with head={spec.head!r}: wanted "
+            + ("at least 1" if scores else "0")
+        )
+    if spec.head_bias and spec.head not in ("classes", "token_classes"):
+        raise ValueError(
+            f"head_bias=True with head={spec.head!r}: only classes and token_classes "
+            "choose whether to have a bias"
         )
 
 
