@@ -24,6 +24,7 @@ Raises: config.InputError for a bad `remat`, ValueError for shapes.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,28 +48,56 @@ SAVED = (
 
 def decoder_params(spec: spec_lib.Spec) -> dict[str, Any]:
     """The declaration tree of the whole model."""
-    layers, d, v = spec.num_layers, spec.width, spec.vocab_size
-    init = normal(spec.init_std)
+    d, v, init = spec.width, spec.vocab_size, normal(spec.init_std)
+    tree = {
+        "embed_vd": Param((v, d), ("vocab", "embed"), init),
+        "layers": _layers_params(spec, spec.kinds),
+        "norm_d": _norm_param(spec),
+    }
+    if spec.mtp_layers:
+        tree["mtp"] = mtp_params(spec)
+    if spec.head == "tokens" and not spec.tie_embedding:
+        tree["head_vd"] = Param((v, d), ("vocab", "embed"), init)
+    return tree | score_params(spec)
+
+
+def _norm_param(spec: spec_lib.Spec, *layers: int) -> Param:
     plain = zeros if spec.norm_offset else ones
+    return Param((*layers, spec.width), (*("layers" for _ in layers), None), plain)
+
+
+def _layers_params(
+    spec: spec_lib.Spec, kinds: tuple[spec_lib.Kind, ...]
+) -> dict[str, Any]:
+    """The stacks of layers of these kinds."""
     declare = {
         "attention": attn.attention_params,
         "delta": delta_lib.delta_params,
         "mlp": mlp_lib.mlp_params,
         "moe": moe_lib.moe_params,
     }
-    counts = {stack: len(spec.layers_with(stack)) for stack in declare}
-    tree = {
-        "embed_vd": Param((v, d), ("vocab", "embed"), init),
-        "layers": {
-            "attention_norm_ld": Param((layers, d), ("layers", None), plain),
-            "mlp_norm_ld": Param((layers, d), ("layers", None), plain),
-            **{k: declare[k](spec, count) for k, count in counts.items() if count},
-        },
-        "norm_d": Param((d,), (None,), plain),
+    counts = {
+        stack: sum(stack in spec_lib.stacks(kind) for kind in kinds)
+        for stack in declare
     }
-    if spec.head == "tokens" and not spec.tie_embedding:
-        tree["head_vd"] = Param((v, d), ("vocab", "embed"), init)
-    return tree | score_params(spec)
+    return {
+        "attention_norm_ld": _norm_param(spec, len(kinds)),
+        "mlp_norm_ld": _norm_param(spec, len(kinds)),
+        **{k: declare[k](spec, count) for k, count in counts.items() if count},
+    }
+
+
+def mtp_params(spec: spec_lib.Spec) -> dict[str, Any]:
+    """Weights of the head that predicts further tokens: see mtp.py."""
+    d, init = spec.width, normal(spec.init_std)
+    return {
+        "embedding_norm_d": _norm_param(spec),
+        "hidden_norm_d": _norm_param(spec),
+        "embedding_dd": Param((d, d), ("embed", None), init),
+        "hidden_dd": Param((d, d), ("embed", None), init),
+        "layers": _layers_params(spec, spec.mtp_kinds),
+        "norm_d": _norm_param(spec),
+    }
 
 
 def score_params(spec: spec_lib.Spec) -> dict[str, Param]:
@@ -163,6 +192,24 @@ def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, kind):
     return _feed_forward(p, x_btd, segments_bt, spec, rules, kind)
 
 
+def block(
+    spec: spec_lib.Spec,
+    rules: mesh.Rules,
+    kind: spec_lib.Kind,
+    *,
+    remat: str,
+    scanned: bool,
+) -> Callable:
+    """`layer(p, x_btd, cos_btk, sin_btk, segments_bt) -> (x_btd, router stats)`."""
+    layer = functools.partial(_layer, spec=spec, rules=rules, kind=kind)
+    saved = saved_names(remat)
+    if saved is None:
+        return layer
+    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+    # Under a scan the barriers against CSE are not needed (and cost).
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
+
+
 def _norm(weight_d, x_btd, spec):
     return norm.rms_norm(x_btd, weight_d, spec.norm_eps, spec.norm_offset)
 
@@ -240,6 +287,12 @@ def _layers_in(part: dict[str, Any], stretch: _Stretch) -> list[dict[str, Any]]:
     return out
 
 
+def counting(b: int, t: int, rules: mesh.Rules) -> jax.Array:
+    """Positions 0 .. t-1 of every row."""
+    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
+    return mesh.reshard(positions, rules.pspec("batch", None))
+
+
 def hidden(
     spec: spec_lib.Spec,
     params: dict[str, Any],
@@ -256,20 +309,12 @@ def hidden(
     rules = rules or mesh.Rules()
     b, t = tokens_bt.shape
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-        positions = mesh.reshard(positions, rules.pspec("batch", None))
+        positions = counting(b, t, rules)
     cos_btk, sin_btk = rope.angles(spec, positions)
     x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
-    saved = saved_names(remat)
-
-    def layer_for(kind):
-        layer = functools.partial(_layer, spec=spec, rules=rules, kind=kind)
-        if saved is not None:
-            policy = jax.checkpoint_policies.save_only_these_names(*saved)
-            # Under a scan the barriers against CSE are not needed (and cost).
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=loop != "scan")
-        return layer
-
+    layer_for = functools.partial(
+        block, spec, rules, remat=remat, scanned=loop == "scan"
+    )
     if loop == "unroll":
         params = unstacked(spec, params)
     layers, counted = params["layers"], []

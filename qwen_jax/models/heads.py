@@ -3,9 +3,9 @@
 
 `embed`: the final hidden state of a document's last token, at length 1
 (Qwen3-Embedding, arXiv 2506.05176; fewer dims are the first ones, again at length 1, as
-it was trained, arXiv 2205.13147). `score`: one matrix on that state ("classes") or on every state
-("token_classes"), or two with a ReLU between them on every state ("reward", of
-Qwen2.5-Math-RM and -PRM). `yes_no`: the chance of one id against another as the next
+it was trained, arXiv 2205.13147). `score`: one matrix on that state ("classes") or on
+every state ("token_classes"), or two with a ReLU between them on every state ("reward",
+of Qwen2.5-Math-RM and -PRM). `yes_no`: the chance of one id against another as the next
 token (Qwen3-Reranker). The texts that these models were trained on come from `query`
 and `pair`; an embedding model's tokenizer ends a text with its end id, whose state is
 the one that is taken.
@@ -126,7 +126,7 @@ def yes_no(
     documents: int | None = None,
     rules: mesh.Rules | None = None,
 ) -> jax.Array:
-    """The chance of yes_id where only it and no_id may come next; arguments as in `embed`.
+    """The chance of yes_id where only it and no_id may come next, as in `embed`.
 
     p = exp(l_yes) / (exp(l_yes) + exp(l_no)); the other logits are not computed. The
     result is [b] or [b, documents].

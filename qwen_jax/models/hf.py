@@ -109,6 +109,14 @@ def _as_in_files(
     more = {}
     if tensors.bare and spec.head == "tokens" and not spec.tie_embedding:
         more["head"] = "none"  # an embedding model, under the name of one with logits
+    told, there = spec.mtp_layers, hf_parts.mtp_layers(tensors.names)
+    more["mtp_layers"] = there if more.get("head", spec.head) == "tokens" else 0
+    if told and not there and "mtp_layers" not in changes:
+        print(
+            f"note: config.json tells of {told} layers of an MTP head, the files have "
+            "none: the model is loaded without it",
+            file=sys.stderr,
+        )
     more = {k: v for k, v in more.items() if k not in changes}
     return dataclasses.replace(spec, **more) if more else spec
 
@@ -124,6 +132,8 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
     tied = spec.head == "tokens" and spec.tie_embedding
     used = {"lm_head.weight"} if tied else set()
     others = OTHER_PARTS + (() if spec.head == "tokens" else ("lm_head.",))
+    if spec.mtp_layers:
+        others = tuple(part for part in others if part != "mtp.")
     table = _table(tensors, spec)
     flat, _ = jax.tree_util.tree_flatten_with_path(
         decoder.decoder_params(spec), is_leaf=params.is_param
@@ -160,8 +170,9 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
 
 def _table(tensors: _Tensors, spec: spec_lib.Spec) -> dict[str, names.Tensor]:
     """The name map for the layout of experts that the files have."""
-    fused = any(name.endswith("experts.gate_up_proj") for name in tensors.names)
-    return names.table(spec, fused=fused)
+    fused = [name for name in tensors.names if name.endswith("experts.gate_up_proj")]
+    mtp = [name for name in fused if name.startswith("mtp.")]
+    return names.table(spec, fused=len(fused) > len(mtp), mtp_fused=bool(mtp))
 
 
 def load(

@@ -139,7 +139,7 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
         raise config.InputError(
             f"output_gate_type {raw['output_gate_type']!r}: wanted 'silu'"
         )
-    values |= hf_parts.read(raw)
+    values |= hf_parts.read(raw, family)
     return config.freeze(spec_lib.Spec, values | changes, at="model")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What config.json and tensor names say of the parts around the layers: the head.
+"""What config.json and tensor names say of the parts around the layers: heads.
 
     architectures                        head
     Qwen3ForCausalLM and the like        tokens
@@ -12,9 +12,14 @@
 Source: transformers' classes for all but the last two, which are those of
 Qwen2.5-Math-RM and -PRM. The number of classes is that of `id2label`, or `num_labels`,
 which transformers leaves out when it is 2.
+The head for further tokens (MTP) has `mtp_num_hidden_layers` layers in Qwen3.5 and
+`num_nextn_predict_layers` in Qwen3-Next, whose published config.json leaves the number
+out; tensors are `mtp.*`. Libraries drop them and keep the number, so files decide.
 Raises: config.InputError from `check` for a head that the family has no class for.
 """
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from qwen_jax import config
@@ -35,10 +40,22 @@ WITHOUT = {
 }
 
 
-def read(raw: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the Spec that say what the head is."""
+MTP = {"qwen3_next": "num_nextn_predict_layers"}
+MTP |= dict.fromkeys(("qwen3_5", "qwen3_5_moe"), "mtp_num_hidden_layers")
+
+
+def mtp_layers(names: Iterable[str]) -> int:
+    """Layers of the MTP head of which there are tensors."""
+    found = (re.match(r"mtp\.layers\.(\d+)\.", name) for name in names)
+    return len({match[1] for match in found if match})
+
+
+def read(raw: dict[str, Any], family: str) -> dict[str, Any]:
+    """Fields of the Spec that say what the heads are."""
     name = (raw.get("architectures") or [""])[0]
     out = {"pad_id": raw.get("pad_token_id")}
+    if name.endswith((ENDINGS["tokens"], "ForConditionalGeneration")) or not name:
+        out["mtp_layers"] = raw.get(MTP.get(family, ""), 0) or 0
     for ending, classes in REWARDS.items():
         if name.endswith(ending):
             return out | {"head": "reward", "num_classes": classes}
@@ -66,6 +83,8 @@ def write(spec: spec_lib.Spec, architecture: str) -> dict[str, Any]:
     raw = {"architectures": [stem + ending]}
     if spec.pad_id is not None:
         raw["pad_token_id"] = spec.pad_id
+    if spec.mtp_layers and spec.family in MTP:
+        raw[MTP[spec.family]] = spec.mtp_layers
     if spec.head in ("classes", "token_classes"):
         names = {str(i): f"LABEL_{i}" for i in range(spec.num_classes)}
         raw["id2label"] = names

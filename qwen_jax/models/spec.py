@@ -133,7 +133,7 @@ class Spec:
     (an embedding model), or scores of `num_classes`, by a matrix from the last token
     of a document ("classes") or from each ("token_classes"), or by two matrices with
     a ReLU between them from each ("reward"); see heads.py. head_bias: of "classes" and
-    "token_classes".
+    "token_classes". mtp_layers: of the head that predicts further tokens, see mtp.py.
     """
 
     family: str = "qwen3"
@@ -150,6 +150,7 @@ class Spec:
     head: str = "tokens"
     num_classes: int = 0
     head_bias: bool = False
+    mtp_layers: int = 0
     rope_theta: float = 1e6
     rope_scaling: RopeScaling | None = None
     max_positions: int = 40_960
@@ -222,6 +223,11 @@ class Spec:
             for mixer in [self.mixers[i % len(self.mixers)]]
         )
 
+    @property
+    def mtp_kinds(self) -> tuple[Kind, ...]:
+        """What each layer of the head for further tokens is: full attention."""
+        return (Kind(sparse=self.moe is not None),) * self.mtp_layers
+
     def layers_with(self, stack: str) -> tuple[int, ...]:
         """Layers that have weights in a stack: "attention", "delta", "mlp", "moe"."""
         return tuple(i for i, kind in enumerate(self.kinds) if stack in stacks(kind))
@@ -251,6 +257,11 @@ def _check_head(spec: Spec) -> None:
         raise ValueError(
             f"num_classes={spec.num_classes} with head={spec.head!r}: wanted "
             + ("at least 1" if scores else "0")
+        )
+    if spec.mtp_layers < 0 or (spec.mtp_layers and spec.head != "tokens"):
+        raise ValueError(
+            f"mtp_layers={spec.mtp_layers} with head={spec.head!r}: wanted 0 or more, "
+            "and 0 where no tokens are predicted"
         )
     if spec.head_bias and spec.head not in ("classes", "token_classes"):
         raise ValueError(
