@@ -36,7 +36,7 @@ from qwen_jax.models import cache as cache_lib
 from qwen_jax.models import delta as delta_lib
 from qwen_jax.models import mlp as mlp_lib
 from qwen_jax.models import moe as moe_lib
-from qwen_jax.models import norm, rope
+from qwen_jax.models import norm, places
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.params import Param, normal, ones, zeros
 
@@ -168,7 +168,7 @@ def saved_names(remat: str) -> tuple[str, ...] | None:
     return names
 
 
-def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, kind):
+def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, kind, chunked=None):
     """One block: x + mixer(norm(x)), then + feed_forward(norm(x)); and what the router
     of a sparse layer counted."""
     with jax.named_scope(kind.mixer):
@@ -187,6 +187,7 @@ def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, kind):
                 spec=spec,
                 rules=rules,
                 window=kind.window,
+                chunked=chunked,
             )
         x_btd = x_btd + y_btd
     return _feed_forward(p, x_btd, segments_bt, spec, rules, kind)
@@ -199,9 +200,12 @@ def block(
     *,
     remat: str,
     scanned: bool,
+    chunked: jax.Array | None = None,
 ) -> Callable:
     """`layer(p, x_btd, cos_btk, sin_btk, segments_bt) -> (x_btd, router stats)`."""
-    layer = functools.partial(_layer, spec=spec, rules=rules, kind=kind)
+    layer = functools.partial(
+        _layer, spec=spec, rules=rules, kind=kind, chunked=chunked
+    )
     saved = saved_names(remat)
     if saved is None:
         return layer
@@ -287,12 +291,6 @@ def _layers_in(part: dict[str, Any], stretch: _Stretch) -> list[dict[str, Any]]:
     return out
 
 
-def counting(b: int, t: int, rules: mesh.Rules) -> jax.Array:
-    """Positions 0 .. t-1 of every row."""
-    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-    return mesh.reshard(positions, rules.pspec("batch", None))
-
-
 def hidden(
     spec: spec_lib.Spec,
     params: dict[str, Any],
@@ -308,12 +306,10 @@ def hidden(
     the routers counted, stacked over sparse layers, or None: see `moe`)."""
     rules = rules or mesh.Rules()
     b, t = tokens_bt.shape
-    if positions is None:
-        positions = counting(b, t, rules)
-    cos_btk, sin_btk = rope.angles(spec, positions)
+    (cos_btk, sin_btk), chunked = places.of_rows(spec, b, t, positions, segments, rules)
     x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
     layer_for = functools.partial(
-        block, spec, rules, remat=remat, scanned=loop == "scan"
+        block, spec, rules, remat=remat, scanned=loop == "scan", chunked=chunked
     )
     if loop == "unroll":
         params = unstacked(spec, params)
@@ -447,14 +443,10 @@ def hidden_cached(
     rows = rules.pspec("batch", None)
     if segments is None:
         segments = mesh.reshard(jnp.ones((b, t), jnp.int32), rows)
-    if positions is None:
-        before = jnp.sum(cache.segments_bs > 0, axis=1, keepdims=True)
-        count = jnp.cumsum(segments > 0, axis=1)
-        positions = jnp.maximum(jnp.broadcast_to(before, (b, t)) + count - 1, 0)
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     put = mesh.local(put, inputs=(rows, rows, jax.P()), out=rows)
     slots_bs = put(cache.segments_bs, segments, cache.length)
-    angles = rope.angles(spec, positions)
+    angles, chunked = places.of_cache(spec, cache, positions, segments, slots_bs, rules)
     layer = functools.partial(
         _cached_layer,
         angles=angles,
@@ -463,6 +455,7 @@ def hidden_cached(
         cache=cache,
         spec=spec,
         rules=rules,
+        chunked=chunked,
     )
     x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
     new = {k: [] for k in ("attention", "delta") if getattr(cache, k) is not None}
@@ -493,7 +486,7 @@ def hidden_cached(
 
 
 def _cached_layer(
-    p, x_btd, held, kind, *, angles, segments, slots_bs, cache, spec, rules
+    p, x_btd, held, kind, *, angles, segments, slots_bs, cache, spec, rules, chunked
 ):
     """One block over new tokens: (x_btd, what its mixer holds then)."""
     y_btd = _norm(p["attention_norm_ld"], x_btd, spec)
@@ -515,6 +508,7 @@ def _cached_layer(
             spec=spec,
             rules=rules,
             window=kind.window,
+            chunked=chunked,
         )
         held = {"k_bshk": keys, "v_bshk": values}
     x_btd, _ = _feed_forward(p, x_btd + y_btd, segments, spec, rules, kind)

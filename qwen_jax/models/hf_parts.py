@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What config.json and tensor names say of the parts around the layers: heads.
+"""What config.json and tensor names say beside the layers: heads, dual chunks.
 
     architectures                        head
     Qwen3ForCausalLM and the like        tokens
@@ -15,6 +15,7 @@ which transformers leaves out when it is 2.
 The head for further tokens (MTP) has `mtp_num_hidden_layers` layers in Qwen3.5 and
 `num_nextn_predict_layers` in Qwen3-Next, whose published config.json leaves the number
 out; tensors are `mtp.*`. Libraries drop them and keep the number, so files decide.
+Dual chunk attention is `dual_chunk_attention_config`, as in Qwen2.5-1M.
 Raises: config.InputError from `check` for a head that the family has no class for.
 """
 
@@ -40,6 +41,11 @@ WITHOUT = {
 }
 
 
+CHUNKS = {
+    "chunk_size": "chunk_size",
+    "local_size": "local_size",
+    "original_positions": "original_max_position_embeddings",
+}
 MTP = {"qwen3_next": "num_nextn_predict_layers"}
 MTP |= dict.fromkeys(("qwen3_5", "qwen3_5_moe"), "mtp_num_hidden_layers")
 
@@ -53,7 +59,9 @@ def mtp_layers(names: Iterable[str]) -> int:
 def read(raw: dict[str, Any], family: str) -> dict[str, Any]:
     """Fields of the Spec that say what the heads are."""
     name = (raw.get("architectures") or [""])[0]
-    out = {"pad_id": raw.get("pad_token_id")}
+    out = {"pad_id": raw.get("pad_token_id"), "dual_chunk": None}
+    if chunks := raw.get("dual_chunk_attention_config"):
+        out["dual_chunk"] = {ours: chunks.get(key, 0) for ours, key in CHUNKS.items()}
     if name.endswith((ENDINGS["tokens"], "ForConditionalGeneration")) or not name:
         out["mtp_layers"] = raw.get(MTP.get(family, ""), 0) or 0
     for ending, classes in REWARDS.items():
@@ -83,6 +91,9 @@ def write(spec: spec_lib.Spec, architecture: str) -> dict[str, Any]:
     raw = {"architectures": [stem + ending]}
     if spec.pad_id is not None:
         raw["pad_token_id"] = spec.pad_id
+    if spec.dual_chunk is not None:
+        chunks = {key: getattr(spec.dual_chunk, ours) for ours, key in CHUNKS.items()}
+        raw["dual_chunk_attention_config"] = chunks
     if spec.mtp_layers and spec.family in MTP:
         raw[MTP[spec.family]] = spec.mtp_layers
     if spec.head in ("classes", "token_classes"):

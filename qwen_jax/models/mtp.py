@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax import mesh
-from qwen_jax.models import decoder, norm, rope
+from qwen_jax.models import decoder, norm, places
 from qwen_jax.models import spec as spec_lib
 
 
@@ -50,15 +50,15 @@ def hidden(
       remat: as in `decoder`.
     """
     rules = rules or mesh.Rules()
-    if positions is None:
-        positions = decoder.counting(*tokens_bt.shape, rules)
-    cos_btk, sin_btk = rope.angles(spec, positions)
+    angles, chunked = places.of_rows(spec, *tokens_bt.shape, positions, segments, rules)
     out, counted = [], []
     for i, kind in enumerate(spec.mtp_kinds):
         x_btd = enter(spec, params, shifted(tokens_bt, i + 1), hidden_btd, rules)
-        layer = decoder.block(spec, rules, kind, remat=remat, scanned=False)
+        layer = decoder.block(
+            spec, rules, kind, remat=remat, scanned=False, chunked=chunked
+        )
         p = jax.tree.map(lambda x, i=i: x[i], params["mtp"]["layers"])
-        x_btd, stats = layer(p, x_btd, cos_btk, sin_btk, segments)
+        x_btd, stats = layer(p, x_btd, *angles, segments)
         hidden_btd = leave(spec, params, x_btd)
         out.append(hidden_btd)
         counted.append(stats)

@@ -111,6 +111,30 @@ class Delta:
 
 
 @dataclasses.dataclass(frozen=True)
+class DualChunk:
+    """Dual chunk attention (see dual_chunk.py): the trained length, how far a query
+    sees true distances into the chunk before its own, and the length from which scores
+    are tempered (0: never)."""
+
+    chunk_size: int = 262_144
+    local_size: int = 8192
+    original_positions: int = 0
+
+    def __post_init__(self):
+        if not 0 < self.local_size < self.chunk_size or self.original_positions < 0:
+            raise ValueError(
+                f"dual_chunk: local_size={self.local_size} must be above 0 and below "
+                f"chunk_size={self.chunk_size}, original_positions="
+                f"{self.original_positions} at least 0"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk_size - self.local_size
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """What a layer is: its mixer, the window of its attention, experts or none."""
 
@@ -153,6 +177,7 @@ class Spec:
     mtp_layers: int = 0
     rope_theta: float = 1e6
     rope_scaling: RopeScaling | None = None
+    dual_chunk: DualChunk | None = None
     max_positions: int = 40_960
     window: int = 0
     full_layers: int = 0
@@ -207,6 +232,11 @@ class Spec:
         if self.reduce_dtype not in ("compute", "float32"):
             raise ValueError(
                 f"reduce_dtype={self.reduce_dtype!r}: wanted compute or float32"
+            )
+        if self.dual_chunk and (self.window or self.rope_scaling):
+            raise ValueError(
+                "dual_chunk stands for itself: with it window must be 0 and "
+                "rope_scaling not given"
             )
         _check_head(self)
 

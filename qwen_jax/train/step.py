@@ -75,7 +75,7 @@ def loss_fn(
         spec,
         params,
         batch["tokens_bt"],
-        positions=batch["positions_bt"] if config.document_mask else None,
+        positions=_positions(batch, spec, config),
         segments=batch["segments_bt"] if config.document_mask else None,
         rules=rules,
         loop=config.loop,
@@ -118,6 +118,12 @@ def loss_fn(
     return loss, parts
 
 
+def _positions(batch, spec, config):
+    """Those of the batch, which dual chunks count themselves from its segments."""
+    known = config.document_mask and spec.dual_chunk is None
+    return batch["positions_bt"] if known else None
+
+
 def _further(params, hidden_btd, batch, whole, *, spec, rules, config):
     """(mean over depths of the cross-entropy of further tokens, what their routers
     counted or None)."""
@@ -126,7 +132,7 @@ def _further(params, hidden_btd, batch, whole, *, spec, rules, config):
         params,
         hidden_btd,
         batch["tokens_bt"],
-        positions=batch["positions_bt"] if config.document_mask else None,
+        positions=_positions(batch, spec, config),
         segments=batch["segments_bt"] if config.document_mask else None,
         rules=rules,
         remat=config.remat,
