@@ -434,8 +434,10 @@ def hidden_cached(
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
     rules: mesh.Rules | None = None,
+    keep: bool = False,
 ) -> tuple[jax.Array, cache_lib.Cache]:
-    """Hidden states of new tokens against a cache, and the cache with them in."""
+    """Hidden states of new tokens against a cache, and the cache with them in; with
+    `keep` linear layers' part of it has "inputs", too (see `delta.mix`)."""
     rules = rules or mesh.Rules()
     b, t = tokens_bt.shape
     if t > cache.slots:
@@ -448,7 +450,7 @@ def hidden_cached(
     slots_bs = put(cache.segments_bs, segments, cache.length)
     angles, chunked = places.of_cache(spec, cache, positions, segments, slots_bs, rules)
     layer = functools.partial(
-        _cached_layer,
+        cached_layer,
         angles=angles,
         segments=segments,
         slots_bs=slots_bs,
@@ -456,6 +458,7 @@ def hidden_cached(
         spec=spec,
         rules=rules,
         chunked=chunked,
+        keep=keep,
     )
     x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
     new = {k: [] for k in ("attention", "delta") if getattr(cache, k) is not None}
@@ -485,15 +488,27 @@ def hidden_cached(
     return _norm(params["norm_d"], x_btd, spec), cache
 
 
-def _cached_layer(
-    p, x_btd, held, kind, *, angles, segments, slots_bs, cache, spec, rules, chunked
+def cached_layer(
+    p,
+    x_btd,
+    held,
+    kind,
+    *,
+    angles,
+    segments,
+    slots_bs,
+    cache,
+    spec,
+    rules,
+    chunked,
+    keep=False,
 ):
     """One block over new tokens: (x_btd, what its mixer holds then)."""
     y_btd = _norm(p["attention_norm_ld"], x_btd, spec)
     if kind.mixer == "delta":
         held = held | {"segments_bj": cache.tail_segments_bj}
         y_btd, held = delta_lib.mix(
-            p["delta"], y_btd, segments, held, spec=spec, rules=rules
+            p["delta"], y_btd, segments, held, spec=spec, rules=rules, keep=keep
         )
     else:
         y_btd, keys, values = attn.cached(

@@ -16,12 +16,15 @@ Invariants: a token's further target is of its own document: where the document 
 before it there is none (`targets` gives mask 0), so packed rows equal separate rows.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qwen_jax import mesh
+from qwen_jax.models import cache as cache_lib
 from qwen_jax.models import decoder, norm, places
 from qwen_jax.models import spec as spec_lib
 
@@ -65,6 +68,49 @@ def hidden(
     if spec.moe is None:
         return out, None
     return out, jax.tree.map(lambda *xs: jnp.stack(xs), *counted)
+
+
+def hidden_cached(
+    spec: spec_lib.Spec,
+    params: dict[str, Any],
+    next_bt: jax.Array,
+    hidden_btd: jax.Array,
+    cache: cache_lib.Cache,
+    *,
+    segments: jax.Array,
+    rules: mesh.Rules,
+) -> tuple[jax.Array, cache_lib.Cache]:
+    """m_t of the first layer for new tokens, from the next tokens and hidden states of
+    these, and the cache (of `cache.init(alone(spec), ...)`) with them in."""
+    rows = rules.pspec("batch", None)
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+    put = mesh.local(put, inputs=(rows, rows, jax.P()), out=rows)
+    slots_bs = put(cache.segments_bs, segments, cache.length)
+    angles, chunked = places.of_cache(spec, cache, None, segments, slots_bs, rules)
+    x_btd, held = decoder.cached_layer(
+        jax.tree.map(lambda x: x[0], params["mtp"]["layers"]),
+        enter(spec, params, next_bt, hidden_btd, rules),
+        jax.tree.map(lambda x: x[0], cache.attention),
+        spec.mtp_kinds[0],
+        angles=angles,
+        segments=segments,
+        slots_bs=slots_bs,
+        cache=cache,
+        spec=spec,
+        rules=rules,
+        chunked=chunked,
+    )
+    cache = cache.replace(
+        attention=jax.tree.map(lambda x: x[None], held),
+        segments_bs=slots_bs,
+        length=cache.length + next_bt.shape[1],
+    )
+    return leave(spec, params, x_btd), cache
+
+
+def alone(spec: spec_lib.Spec) -> spec_lib.Spec:
+    """A model of one layer like the head's: its cache is that of the head."""
+    return dataclasses.replace(spec, num_layers=1, mixers=("attention",), window=0)
 
 
 def enter(
