@@ -11,6 +11,7 @@ Spec that its own config.json could not tell.
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -230,20 +231,36 @@ def _rope(raw: dict[str, Any]) -> tuple[float, spec_lib.RopeScaling | None]:
         return theta, None
     if kind not in ("linear", "yarn"):
         raise config.InputError(f"rope type {kind!r}: wanted default, linear or yarn")
-    original = settings.get("original_max_position_embeddings")
+    longest = raw.get("max_position_embeddings", 32_768)
+    original = settings.get("original_max_position_embeddings") or longest
+    factor = settings.get("factor") or (longest / original if kind == "yarn" else 0)
+    if factor < 1:
+        raise config.InputError(
+            f"rope_scaling of kind {kind!r} in config.json has factor="
+            f"{settings.get('factor')}: wanted a number of at least 1"
+        )
     scaling = spec_lib.RopeScaling(
         kind=kind,
-        factor=float(settings["factor"]),
-        original_positions=original or raw.get("max_position_embeddings", 32_768),
+        factor=float(factor),
+        original_positions=original,
         beta_fast=float(settings.get("beta_fast") or 32),
         beta_slow=float(settings.get("beta_slow") or 1),
-        attention_factor=settings.get("attention_factor"),
+        attention_factor=_attention_factor(settings, factor),
         truncate=settings.get("truncate", True),
     )
-    for key in ("mscale", "mscale_all_dim"):
-        if settings.get(key):
-            raise config.InputError(f"rope option {key} is not a Qwen option")
     return theta, scaling
+
+
+def _attention_factor(settings: dict[str, Any], factor: float) -> float | None:
+    """What YaRN multiplies cos and sin by where config.json says: the number itself, or
+    (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1) where it has both.
+    """
+    told = settings.get("attention_factor")
+    scales = [settings.get(key) for key in ("mscale", "mscale_all_dim")]
+    if told is not None or not all(scales):
+        return told
+    above, below = (0.1 * scale * math.log(factor) + 1 for scale in scales)
+    return above / below
 
 
 def _window(raw: dict[str, Any]) -> tuple[int, int]:
