@@ -68,6 +68,8 @@ class TrainConfig:
     batch_tokens: int = 0
     micro_rows: int = 0
     z_loss: float = 0.0
+    # Weight of the loss of further tokens, for a model with an MTP head.
+    mtp_coef: float = 0.1
     document_mask: bool = True
     remat: str = "dots"
     loop: str = "scan"
@@ -79,6 +81,7 @@ class TrainConfig:
         if self.loop not in ("scan", "unroll"):
             raise ValueError(f"loop={self.loop!r}: wanted scan or unroll")
         _not_negative(self, "num_steps", "tokens", "batch_tokens", "micro_rows")
+        _not_negative(self, "mtp_coef")
         if self.num_steps and self.tokens:
             raise ValueError(
                 f"num_steps={self.num_steps} and tokens={self.tokens}: set one of them"

@@ -43,7 +43,7 @@ class Setup:
     def step_config(self) -> step.StepConfig:
         train = self.exp.train
         return step.StepConfig(
-            train.z_loss, train.document_mask, train.loop, train.remat
+            train.z_loss, train.document_mask, train.loop, train.remat, train.mtp_coef
         )
 
 

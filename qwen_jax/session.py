@@ -249,6 +249,8 @@ class Session:
         }
         if exp.train.z_loss:
             row["z_loss"] = values["z_loss"]
+        if "mtp_loss" in values:
+            row["mtp_loss"] = values["mtp_loss"]
         if exp.model.moe is not None:
             row |= {name: values[name] for name in step.ROUTER_METRICS}
         self.writer.write(number, row)

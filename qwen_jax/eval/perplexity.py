@@ -11,6 +11,7 @@ Shapes: batches as in training, [1, rows, t]; sums are float32 a batch, added on
 host in float64.
 """
 
+import dataclasses
 import functools
 import gzip
 import math
@@ -37,7 +38,7 @@ def make(spec: spec_lib.Spec, rules: mesh.Rules, settings: Any) -> Callable:
             step_lib.no_sums(spec),
             spec=spec,
             rules=rules,
-            config=settings,
+            config=dataclasses.replace(settings, mtp_coef=0.0),
         )
         return {
             "nll": parts["nll"],

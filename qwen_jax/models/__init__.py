@@ -5,6 +5,7 @@
     logits_btv = models.forward(spec, params, tokens_bt)
     models.save(spec, params, "DIR")
 
+`embed` and `score` are for models with another head than that of tokens.
 `init(spec, seed)` gives random weights of a Spec or of a published size by name.
 """
 
@@ -19,10 +20,11 @@ from qwen_jax import rng
 from qwen_jax.models import decoder, gguf, hf
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.models.decoder import forward
+from qwen_jax.models.heads import embed, score
 from qwen_jax.models.hf import save
 from qwen_jax.models.spec import Spec
 
-__all__ = ["Spec", "forward", "init", "load", "save"]
+__all__ = ["Spec", "embed", "forward", "init", "load", "save", "score"]
 
 
 def load(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax import config, mesh
-from qwen_jax.models import norm, rope
+from qwen_jax.models import dual_chunk, norm, rope
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.models.kernels import blockwise
 from qwen_jax.params import Param, normal, ones, zeros
@@ -105,9 +105,18 @@ def attention(
     spec: spec_lib.Spec,
     rules: mesh.Rules,
     window: int,
+    chunked: jax.Array | None = None,
 ) -> jax.Array:
-    """One layer's causal self-attention over whole rows (no cache)."""
+    """One layer's causal self-attention over whole rows (no cache).
+
+    `chunked` has the positions, where dual chunks make a difference.
+    """
     q_btnk, k_bshk, v_bshk = project(p, x_btd, cos_btk, sin_btk, spec, rules)
+    if chunked is not None:
+        out_btnk = dual_chunk.attention(
+            q_btnk, k_bshk, v_bshk, chunked, segments_bt, spec=spec, rules=rules
+        )
+        return merge(p, out_btnk, x_btd, spec, rules)
     kernel = functools.partial(KERNELS[spec.attention], window=window)
     heads = rules.pspec("batch", None, "heads", None)
     kv_heads = rules.pspec("batch", None, "kv_heads", None)
@@ -137,30 +146,44 @@ def cached(
     spec: spec_lib.Spec,
     rules: mesh.Rules,
     window: int,
+    chunked: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer over new tokens and a cache: (y_btd, keys with them in, values).
 
     `segments_bs` already has the new tokens' segments; `length` is the slot of the
-    first new token.
+    first new token. `chunked` has the positions of new tokens and of all
+    slots, where dual chunks make a difference.
     """
     q_btnk, k_bthk, v_bthk = project(p, x_btd, cos_btk, sin_btk, spec, rules)
     heads = rules.pspec("batch", None, "heads", None)
     kv_heads = rules.pspec("batch", None, "kv_heads", None)
     rows = rules.pspec("batch", None)
+    over, places = functools.partial(over_cache, window=window), ()
+    if chunked is not None:
+        stride = spec.dual_chunk.stride
+        over, places = functools.partial(dual_chunk.over_cache, stride=stride), chunked
+        q_btnk = dual_chunk.turned(spec, q_btnk, chunked[0])
+        all_heads = rules.pspec("batch", None, None, "heads", None)
 
-    def run(q, k, v, keys, values, seg_t, seg_s, length):
+    def run(q, k, v, keys, values, seg_t, seg_s, length, *places):
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k, length, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(values, v, length, axis=1)
-        out = over_cache(q, keys, values, seg_t, seg_s, length, window=window)
+        out = over(q, keys, values, *places, seg_t, seg_s, length)
         return out, keys, values
 
     run = mesh.local(
         run,
-        inputs=(heads, kv_heads, kv_heads, kv_heads, kv_heads, rows, rows, jax.P()),
+        inputs=(
+            heads if chunked is None else all_heads,
+            *(kv_heads,) * 4,
+            *(rows, rows, jax.P()),
+            *(rows for _ in places),
+        ),
         out=(heads, kv_heads, kv_heads),
     )
     out_btnk, keys_bshk, values_bshk = run(
-        q_btnk, k_bthk, v_bthk, keys_bshk, values_bshk, segments_bt, segments_bs, length
+        *(q_btnk, k_bthk, v_bthk, keys_bshk, values_bshk),
+        *(segments_bt, segments_bs, length, *places),
     )
     return merge(p, out_btnk, x_btd, spec, rules), keys_bshk, values_bshk
 

@@ -54,6 +54,33 @@ def generate(
       config.InputError: no prompts, an empty prompt, ids outside the vocabulary, more
         tokens than the model has positions.
     """
+    rules = rules or mesh.Rules()
+    tokens_bt, segments_bt = rows_of(spec, prompts, max_tokens, rules)
+    key = jax.random.key(0) if key is None else key
+    new_bt = np.asarray(
+        _generate(
+            params,
+            tokens_bt,
+            segments_bt,
+            key,
+            jnp.float32(temperature),
+            jnp.float32(top_p),
+            spec=spec,
+            max_tokens=max_tokens,
+            rules=rules,
+        )
+    )
+    return [until(list(map(int, row)), spec.eos_ids) for row in new_bt[: len(prompts)]]
+
+
+def rows_of(
+    spec: spec_lib.Spec,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    rules: mesh.Rules,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens_bt, segments_bt) of prompts padded on the left, as many rows as the mesh
+    divides; refuses what `generate` refuses."""
     longest = max((len(p) for p in prompts), default=0)
     if not prompts or min(len(p) for p in prompts) == 0:
         raise config.InputError("a prompt is empty: give at least one token")
@@ -72,7 +99,7 @@ def generate(
             f"{spec.vocab_size - 1}: the tokenizer is not this model's"
         )
     bucket = -(-longest // BUCKET) * BUCKET
-    ways = mesh.axis_size((rules or mesh.Rules()).batch)
+    ways = mesh.axis_size(rules.batch)
     rows = -(-len(prompts) // ways) * ways
     tokens_bt = np.zeros((rows, bucket), np.int32)
     segments_bt = np.zeros((rows, bucket), np.int32)
@@ -80,24 +107,10 @@ def generate(
         prompt = prompts[i % len(prompts)]
         tokens_bt[i, bucket - len(prompt) :] = prompt
         segments_bt[i, bucket - len(prompt) :] = 1
-    key = jax.random.key(0) if key is None else key
-    new_bt = np.asarray(
-        _generate(
-            params,
-            tokens_bt,
-            segments_bt,
-            key,
-            jnp.float32(temperature),
-            jnp.float32(top_p),
-            spec=spec,
-            max_tokens=max_tokens,
-            rules=rules or mesh.Rules(),
-        )
-    )
-    return [_until(list(map(int, row)), spec.eos_ids) for row in new_bt[: len(prompts)]]
+    return tokens_bt, segments_bt
 
 
-def _until(ids: list[int], ends: tuple[int, ...]) -> list[int]:
+def until(ids: list[int], ends: tuple[int, ...]) -> list[int]:
     """Ids up to and without the first end id."""
     for i, token in enumerate(ids):
         if token in ends:
@@ -105,9 +118,8 @@ def _until(ids: list[int], ends: tuple[int, ...]) -> list[int]:
     return ids
 
 
-def sample(logits_bv, key, temperature, top_p):
-    """One id a row: greedy at temperature 0, else from the nucleus."""
-    greedy_b = jnp.argmax(logits_bv, axis=-1)
+def cut(logits_bv, temperature, top_p):
+    """Logits over the temperature, -inf outside of the nucleus."""
     scaled_bv = logits_bv / jnp.maximum(temperature, 1e-6)
     order_bv = jnp.sort(scaled_bv, axis=-1, descending=True)
     share_bv = jnp.cumsum(jax.nn.softmax(order_bv, axis=-1), axis=-1)
@@ -115,7 +127,13 @@ def sample(logits_bv, key, temperature, top_p):
     before_bv = jnp.pad(share_bv, [(0, 0), (1, 0)])[:, :-1]
     kept_bv = jnp.where(before_bv < top_p, order_bv, jnp.inf)
     floor_b1 = jnp.min(kept_bv, axis=-1, keepdims=True)
-    cut_bv = jnp.where(scaled_bv >= floor_b1, scaled_bv, -jnp.inf)
+    return jnp.where(scaled_bv >= floor_b1, scaled_bv, -jnp.inf)
+
+
+def sample(logits_bv, key, temperature, top_p):
+    """One id a row: greedy at temperature 0, else from the nucleus."""
+    greedy_b = jnp.argmax(logits_bv, axis=-1)
+    cut_bv = cut(logits_bv, temperature, top_p)
     drawn_b = jax.random.categorical(key, cut_bv, axis=-1)
     return jnp.where(temperature > 0, drawn_b, greedy_b).astype(jnp.int32)
 

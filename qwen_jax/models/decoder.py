@@ -24,6 +24,7 @@ Raises: config.InputError for a bad `remat`, ValueError for shapes.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ from qwen_jax.models import cache as cache_lib
 from qwen_jax.models import delta as delta_lib
 from qwen_jax.models import mlp as mlp_lib
 from qwen_jax.models import moe as moe_lib
-from qwen_jax.models import norm, rope
+from qwen_jax.models import norm, places
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.params import Param, normal, ones, zeros
 
@@ -47,27 +48,69 @@ SAVED = (
 
 def decoder_params(spec: spec_lib.Spec) -> dict[str, Any]:
     """The declaration tree of the whole model."""
-    layers, d, v = spec.num_layers, spec.width, spec.vocab_size
-    init = normal(spec.init_std)
+    d, v, init = spec.width, spec.vocab_size, normal(spec.init_std)
+    tree = {
+        "embed_vd": Param((v, d), ("vocab", "embed"), init),
+        "layers": _layers_params(spec, spec.kinds),
+        "norm_d": _norm_param(spec),
+    }
+    if spec.mtp_layers:
+        tree["mtp"] = mtp_params(spec)
+    if spec.head == "tokens" and not spec.tie_embedding:
+        tree["head_vd"] = Param((v, d), ("vocab", "embed"), init)
+    return tree | score_params(spec)
+
+
+def _norm_param(spec: spec_lib.Spec, *layers: int) -> Param:
     plain = zeros if spec.norm_offset else ones
+    return Param((*layers, spec.width), (*("layers" for _ in layers), None), plain)
+
+
+def _layers_params(
+    spec: spec_lib.Spec, kinds: tuple[spec_lib.Kind, ...]
+) -> dict[str, Any]:
+    """The stacks of layers of these kinds."""
     declare = {
         "attention": attn.attention_params,
         "delta": delta_lib.delta_params,
         "mlp": mlp_lib.mlp_params,
         "moe": moe_lib.moe_params,
     }
-    counts = {stack: len(spec.layers_with(stack)) for stack in declare}
-    tree = {
-        "embed_vd": Param((v, d), ("vocab", "embed"), init),
-        "layers": {
-            "attention_norm_ld": Param((layers, d), ("layers", None), plain),
-            "mlp_norm_ld": Param((layers, d), ("layers", None), plain),
-            **{k: declare[k](spec, count) for k, count in counts.items() if count},
-        },
-        "norm_d": Param((d,), (None,), plain),
+    counts = {
+        stack: sum(stack in spec_lib.stacks(kind) for kind in kinds)
+        for stack in declare
     }
-    if not spec.tie_embedding:
-        tree["head_vd"] = Param((v, d), ("vocab", "embed"), init)
+    return {
+        "attention_norm_ld": _norm_param(spec, len(kinds)),
+        "mlp_norm_ld": _norm_param(spec, len(kinds)),
+        **{k: declare[k](spec, count) for k, count in counts.items() if count},
+    }
+
+
+def mtp_params(spec: spec_lib.Spec) -> dict[str, Any]:
+    """Weights of the head that predicts further tokens: see mtp.py."""
+    d, init = spec.width, normal(spec.init_std)
+    return {
+        "embedding_norm_d": _norm_param(spec),
+        "hidden_norm_d": _norm_param(spec),
+        "embedding_dd": Param((d, d), ("embed", None), init),
+        "hidden_dd": Param((d, d), ("embed", None), init),
+        "layers": _layers_params(spec, spec.mtp_kinds),
+        "norm_d": _norm_param(spec),
+    }
+
+
+def score_params(spec: spec_lib.Spec) -> dict[str, Param]:
+    """Weights of a head that scores classes; nothing for the other heads."""
+    if spec.head in ("tokens", "none"):
+        return {}
+    y, d, init = spec.num_classes, spec.width, normal(spec.init_std)
+    tree = {"score_yd": Param((y, d), (None, "embed"), init)}
+    if spec.head == "reward":
+        tree["score_in_dd"] = Param((d, d), ("embed", None), init)
+        tree["score_in_bias_d"] = Param((d,), (None,), zeros)
+    if spec.head == "reward" or spec.head_bias:
+        tree["score_bias_y"] = Param((y,), (None,), zeros)
     return tree
 
 
@@ -125,7 +168,7 @@ def saved_names(remat: str) -> tuple[str, ...] | None:
     return names
 
 
-def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, kind):
+def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, kind, chunked=None):
     """One block: x + mixer(norm(x)), then + feed_forward(norm(x)); and what the router
     of a sparse layer counted."""
     with jax.named_scope(kind.mixer):
@@ -144,9 +187,31 @@ def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, kind):
                 spec=spec,
                 rules=rules,
                 window=kind.window,
+                chunked=chunked,
             )
         x_btd = x_btd + y_btd
     return _feed_forward(p, x_btd, segments_bt, spec, rules, kind)
+
+
+def block(
+    spec: spec_lib.Spec,
+    rules: mesh.Rules,
+    kind: spec_lib.Kind,
+    *,
+    remat: str,
+    scanned: bool,
+    chunked: jax.Array | None = None,
+) -> Callable:
+    """`layer(p, x_btd, cos_btk, sin_btk, segments_bt) -> (x_btd, router stats)`."""
+    layer = functools.partial(
+        _layer, spec=spec, rules=rules, kind=kind, chunked=chunked
+    )
+    saved = saved_names(remat)
+    if saved is None:
+        return layer
+    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+    # Under a scan the barriers against CSE are not needed (and cost).
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
 
 
 def _norm(weight_d, x_btd, spec):
@@ -241,21 +306,11 @@ def hidden(
     the routers counted, stacked over sparse layers, or None: see `moe`)."""
     rules = rules or mesh.Rules()
     b, t = tokens_bt.shape
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-        positions = mesh.reshard(positions, rules.pspec("batch", None))
-    cos_btk, sin_btk = rope.angles(spec, positions)
+    (cos_btk, sin_btk), chunked = places.of_rows(spec, b, t, positions, segments, rules)
     x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
-    saved = saved_names(remat)
-
-    def layer_for(kind):
-        layer = functools.partial(_layer, spec=spec, rules=rules, kind=kind)
-        if saved is not None:
-            policy = jax.checkpoint_policies.save_only_these_names(*saved)
-            # Under a scan the barriers against CSE are not needed (and cost).
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=loop != "scan")
-        return layer
-
+    layer_for = functools.partial(
+        block, spec, rules, remat=remat, scanned=loop == "scan", chunked=chunked
+    )
     if loop == "unroll":
         params = unstacked(spec, params)
     layers, counted = params["layers"], []
@@ -290,6 +345,11 @@ def _stacked(trees: list[Any]) -> Any:
 
 def head_vd(spec: spec_lib.Spec, params: dict[str, Any]) -> jax.Array:
     """The output matrix [v, d]: its own weight, or the embedding."""
+    if spec.head != "tokens":
+        raise config.InputError(
+            f"this model has no logits of tokens (head={spec.head!r}): use "
+            + ("models.embed" if spec.head == "none" else "models.score")
+        )
     return params["embed_vd"] if spec.tie_embedding else params["head_vd"]
 
 
@@ -374,8 +434,10 @@ def hidden_cached(
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
     rules: mesh.Rules | None = None,
+    keep: bool = False,
 ) -> tuple[jax.Array, cache_lib.Cache]:
-    """Hidden states of new tokens against a cache, and the cache with them in."""
+    """Hidden states of new tokens against a cache, and the cache with them in; with
+    `keep` linear layers' part of it has "inputs", too (see `delta.mix`)."""
     rules = rules or mesh.Rules()
     b, t = tokens_bt.shape
     if t > cache.slots:
@@ -383,22 +445,20 @@ def hidden_cached(
     rows = rules.pspec("batch", None)
     if segments is None:
         segments = mesh.reshard(jnp.ones((b, t), jnp.int32), rows)
-    if positions is None:
-        before = jnp.sum(cache.segments_bs > 0, axis=1, keepdims=True)
-        count = jnp.cumsum(segments > 0, axis=1)
-        positions = jnp.maximum(jnp.broadcast_to(before, (b, t)) + count - 1, 0)
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     put = mesh.local(put, inputs=(rows, rows, jax.P()), out=rows)
     slots_bs = put(cache.segments_bs, segments, cache.length)
-    angles = rope.angles(spec, positions)
+    angles, chunked = places.of_cache(spec, cache, positions, segments, slots_bs, rules)
     layer = functools.partial(
-        _cached_layer,
+        cached_layer,
         angles=angles,
         segments=segments,
         slots_bs=slots_bs,
         cache=cache,
         spec=spec,
         rules=rules,
+        chunked=chunked,
+        keep=keep,
     )
     x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
     new = {k: [] for k in ("attention", "delta") if getattr(cache, k) is not None}
@@ -428,15 +488,27 @@ def hidden_cached(
     return _norm(params["norm_d"], x_btd, spec), cache
 
 
-def _cached_layer(
-    p, x_btd, held, kind, *, angles, segments, slots_bs, cache, spec, rules
+def cached_layer(
+    p,
+    x_btd,
+    held,
+    kind,
+    *,
+    angles,
+    segments,
+    slots_bs,
+    cache,
+    spec,
+    rules,
+    chunked,
+    keep=False,
 ):
     """One block over new tokens: (x_btd, what its mixer holds then)."""
     y_btd = _norm(p["attention_norm_ld"], x_btd, spec)
     if kind.mixer == "delta":
         held = held | {"segments_bj": cache.tail_segments_bj}
         y_btd, held = delta_lib.mix(
-            p["delta"], y_btd, segments, held, spec=spec, rules=rules
+            p["delta"], y_btd, segments, held, spec=spec, rules=rules, keep=keep
         )
     else:
         y_btd, keys, values = attn.cached(
@@ -451,6 +523,7 @@ def _cached_layer(
             spec=spec,
             rules=rules,
             window=kind.window,
+            chunked=chunked,
         )
         held = {"k_bshk": keys, "v_bshk": values}
     x_btd, _ = _feed_forward(p, x_btd + y_btd, segments, spec, rules, kind)

@@ -27,6 +27,9 @@ from qwen_jax.models import spec as spec_lib
 from qwen_jax.models.kernels import delta_rule
 from qwen_jax.params import Param, normal, ones
 
+# Weights of the convolution and the rule: what happens to a token once it is projected.
+RULE = ("conv_q_ljhk", "conv_k_ljhk", "conv_v_ljnu", "a_log_ln", "dt_bias_ln")
+
 
 def _log_uniform(key, shape, dtype):
     """log A with A uniform in (0, 16), as the source starts."""
@@ -76,6 +79,7 @@ def mix(
     *,
     spec: spec_lib.Spec,
     rules: mesh.Rules,
+    keep: bool = False,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """One layer over new tokens: (y_btd, what the next call needs).
 
@@ -89,6 +93,8 @@ def mix(
         which are the same for all layers: see `tail_segments`.
       spec: the model.
       rules: dims -> mesh axes.
+      keep: what comes back has "inputs", too: with them `run` tells what the state is
+        when only some of these tokens turn out to be real.
     """
     if segments_bt is None:
         ones_bt = jnp.ones(x_btd.shape[:2], jnp.int32)
@@ -104,36 +110,16 @@ def mix(
         return checkpoint_name(mesh.product(x_btd, w, out=out), name.split("_")[0])
 
     scalar = rules.pspec("batch", None, "heads")
-    rows = rules.pspec("batch", None)
-    tails = {"q_bjhk": keys, "k_bjhk": keys, "v_bjnu": values, "segments_bj": rows}
-    layout = tails | {"s_bnku": rules.pspec("batch", "heads", None, None)}
-    kept = {k: lies for k, lies in layout.items() if k != "segments_bj"}
-    weights = ("conv_q_ljhk", "conv_k_ljhk", "conv_v_ljnu", "a_log_ln", "dt_bias_ln")
-    filters = rules.pspec(None, "kv_heads", None)
-    laid = (
-        *(filters, filters, rules.pspec(None, "heads", None)),
-        *(rules.pspec("heads"),) * 2,
-    )
-
-    def run(q, k, v, b, a, segments, state, *weights):
-        weights = [mesh.vary(w, mesh.varying(q)) for w in weights]
-        return _local(q, k, v, b, a, segments, state, *weights)
-
-    run = mesh.local(
-        run,
-        inputs=(keys, keys, values, scalar, scalar, rows, layout, *laid),
-        out=(values, kept),
-    )
-    out_btnu, state = run(
-        project("q_ldhk", "kv_heads", keys),
-        project("k_ldhk", "kv_heads", keys),
-        project("v_ldnu", "heads", values),
-        project("b_ldn", "heads", scalar),
-        project("a_ldn", "heads", scalar),
-        segments_bt,
-        state,
-        *(p[name] for name in weights),
-    )
+    inputs = {
+        "q_bthk": project("q_ldhk", "kv_heads", keys),
+        "k_bthk": project("k_ldhk", "kv_heads", keys),
+        "v_btnu": project("v_ldnu", "heads", values),
+        "b_btn": project("b_ldn", "heads", scalar),
+        "a_btn": project("a_ldn", "heads", scalar),
+    }
+    out_btnu, state = run(p, inputs, segments_bt, state, rules)
+    if keep:
+        state = state | {"inputs": inputs}
     out_btnu = norm.rms_norm(out_btnu, p["norm_lu"], spec.norm_eps)
     z_btnu = project("z_ldnu", "heads", values)
     wide = jnp.promote_types(z_btnu.dtype, jnp.float32)
@@ -142,6 +128,46 @@ def mix(
     o_nud = mesh.gather(p["o_lnud"], rules, "heads", None, "embed", **how)
     out = rules.pspec("batch", None, None)
     return mesh.product(out_btnu, o_nud, inner=2, out=out), state
+
+
+def run(
+    p: dict[str, jax.Array],
+    inputs: dict[str, jax.Array],
+    segments_bt: jax.Array,
+    state: dict[str, jax.Array],
+    rules: mesh.Rules,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The convolution and the rule of one layer over projected tokens: (out_btnu, state
+    without segments); arguments as in `mix`."""
+    keys = rules.pspec("batch", None, "kv_heads", None)
+    values = rules.pspec("batch", None, "heads", None)
+    scalar = rules.pspec("batch", None, "heads")
+    rows = rules.pspec("batch", None)
+    tails = {"q_bjhk": keys, "k_bjhk": keys, "v_bjnu": values, "segments_bj": rows}
+    layout = tails | {"s_bnku": rules.pspec("batch", "heads", None, None)}
+    kept = {k: lies for k, lies in layout.items() if k != "segments_bj"}
+    filters = rules.pspec(None, "kv_heads", None)
+    laid = (
+        *(filters, filters, rules.pspec(None, "heads", None)),
+        *(rules.pspec("heads"),) * 2,
+    )
+
+    def here(q, k, v, b, a, segments, state, *weights):
+        weights = [mesh.vary(w, mesh.varying(q)) for w in weights]
+        return _local(q, k, v, b, a, segments, state, *weights)
+
+    here = mesh.local(
+        here,
+        inputs=(keys, keys, values, scalar, scalar, rows, layout, *laid),
+        out=(values, kept),
+    )
+    names = ("q_bthk", "k_bthk", "v_btnu", "b_btn", "a_btn")
+    return here(
+        *(inputs[name] for name in names),
+        segments_bt,
+        {name: state[name] for name in layout},
+        *(p[name] for name in RULE),
+    )
 
 
 def fresh(

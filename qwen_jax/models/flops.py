@@ -12,6 +12,8 @@ Units: FLOPs, bytes; `causal=True` counts only what a causal mask leaves, (t + 1
 keys on average; False counts t, the convention of published MFU figures.
 """
 
+import dataclasses
+
 from qwen_jax import params
 from qwen_jax.models import decoder
 from qwen_jax.models import spec as spec_lib
@@ -34,9 +36,8 @@ def num_active(spec: spec_lib.Spec) -> int:
         return num_params(spec)
     moe = spec.moe
     idle = moe.num_experts - moe.experts_per_token
-    return num_params(spec) - len(spec.layers_with("moe")) * idle * (
-        3 * spec.width * moe.ffn_width
-    )
+    layers = len(spec.layers_with("moe")) + spec.mtp_layers
+    return num_params(spec) - layers * idle * 3 * spec.width * moe.ffn_width
 
 
 def _keys_seen(tokens: int, window: int, causal: bool) -> float:
@@ -52,6 +53,7 @@ def forward_per_token(
     spec: spec_lib.Spec, seq_tokens: int, *, causal: bool = False
 ) -> float:
     """FLOPs of the forward pass for one token of a row of `seq_tokens`."""
+    spec = dataclasses.replace(spec, mtp_layers=0)  # it only trains and drafts
     idle = num_params(spec) - num_active(spec)
     weights = num_non_embedding(spec) - idle + spec.vocab_size * spec.width
     heads = spec.num_heads * spec.head_width
@@ -68,8 +70,16 @@ def forward_per_token(
 def train_per_token(
     spec: spec_lib.Spec, seq_tokens: int, *, causal: bool = False
 ) -> float:
-    """FLOPs of forward and backward for one token (no recomputation counted)."""
-    return 3 * forward_per_token(spec, seq_tokens, causal=causal)
+    """FLOPs of forward and backward for one token (no recomputation counted), with
+    the head for further tokens, where there is one, and its logits."""
+    plain = dataclasses.replace(spec, mtp_layers=0)
+    weights = num_active(spec) - num_active(plain)
+    keys = _keys_seen(seq_tokens, 0, causal)
+    each = (
+        2 * spec.vocab_size * spec.width + 4 * spec.num_heads * spec.head_width * keys
+    )
+    further = 2 * weights + spec.mtp_layers * each
+    return 3 * (forward_per_token(plain, seq_tokens, causal=causal) + further)
 
 
 def kv_bytes_per_token(spec: spec_lib.Spec, itemsize: int = 2) -> int:

@@ -11,6 +11,7 @@ Raises: config.InputError for a folder without weights, a missing, surplus or mi
 tensor; no code from the folder is run.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -25,7 +26,7 @@ import safetensors.numpy
 from einops import rearrange
 
 from qwen_jax import config, mesh, params
-from qwen_jax.models import decoder, hf_config, names
+from qwen_jax.models import decoder, hf_config, hf_parts, names
 from qwen_jax.models import spec as spec_lib
 
 # Buffers that some checkpoints carry and no model needs.
@@ -46,6 +47,7 @@ class _Tensors:
             )
         self._where = {}
         self._open = {}
+        self.bare = False
         for path in paths:
             try:
                 handle = safetensors.safe_open(path, framework="numpy")
@@ -64,6 +66,9 @@ class _Tensors:
                         f"{path.name}"
                     )
                 self._where[name] = path, there
+        if "embed_tokens.weight" in self._where:  # the folder of a model without head
+            self._where = {hf_parts.whole_name(k): v for k, v in self._where.items()}
+            self.bare = True
         self.names = set(self._where)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -83,6 +88,39 @@ class _Tensors:
         return self._open[path].get_tensor(there)
 
 
+def read_spec(folder: str | pathlib.Path, **changes: Any) -> spec_lib.Spec:
+    """What the model of a folder is, by its config.json and the names of its tensors.
+
+    Raises:
+      config.InputError: see `hf_config.spec_from_config` and `check`.
+    """
+    folder = pathlib.Path(folder)
+    raw = hf_config.read_config(folder)
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    changes = {"param_dtype": dtype, "compute_dtype": dtype} | changes
+    spec = hf_config.spec_from_config(raw, **changes)
+    return _as_in_files(spec, _Tensors(folder), changes)
+
+
+def _as_in_files(
+    spec: spec_lib.Spec, tensors: _Tensors, changes: dict[str, Any]
+) -> spec_lib.Spec:
+    """The Spec with what files tell and config.json may not."""
+    more = {}
+    if tensors.bare and spec.head == "tokens" and not spec.tie_embedding:
+        more["head"] = "none"  # an embedding model, under the name of one with logits
+    told, there = spec.mtp_layers, hf_parts.mtp_layers(tensors.names)
+    more["mtp_layers"] = there if more.get("head", spec.head) == "tokens" else 0
+    if told and not there and "mtp_layers" not in changes:
+        print(
+            f"note: config.json tells of {told} layers of an MTP head, the files have "
+            "none: the model is loaded without it",
+            file=sys.stderr,
+        )
+    more = {k: v for k, v in more.items() if k not in changes}
+    return dataclasses.replace(spec, **more) if more else spec
+
+
 def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
     """Compare names and shapes of a folder's tensors with a Spec; read no weights.
 
@@ -91,18 +129,22 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
     """
     folder = pathlib.Path(folder)
     tensors = _Tensors(folder)
-    used = {"lm_head.weight"} if spec.tie_embedding else set()
+    tied = spec.head == "tokens" and spec.tie_embedding
+    used = {"lm_head.weight"} if tied else set()
+    others = OTHER_PARTS + (() if spec.head == "tokens" else ("lm_head.",))
+    if spec.mtp_layers:
+        others = tuple(part for part in others if part != "mtp.")
     used |= match(spec, tensors, _table(tensors, spec), folder, "its config.json")
     left = [n for n in tensors.names - used if not n.endswith(IGNORED)]
-    parts = [n for n in left if n.startswith(OTHER_PARTS)]
+    parts = [n for n in left if n.startswith(others)]
     if parts:
-        kinds = [p for p in OTHER_PARTS if any(n.startswith(p) for n in parts)]
+        kinds = [p for p in others if any(n.startswith(p) for n in parts)]
         print(
             f"note: {folder}: {len(parts)} tensors of other parts than the text model "
             f"are left out: {', '.join(kinds)}",
             file=sys.stderr,
         )
-    left = [n for n in left if not n.startswith(OTHER_PARTS)]
+    left = [n for n in left if not n.startswith(others)]
     if left:
         raise config.InputError(
             f"{folder}: {len(left)} tensors belong to no weight of a "
@@ -144,8 +186,9 @@ def match(
 
 def _table(tensors: _Tensors, spec: spec_lib.Spec) -> dict[str, names.Tensor]:
     """The name map for the layout of experts that the files have."""
-    fused = any(name.endswith("experts.gate_up_proj") for name in tensors.names)
-    return names.table(spec, fused=fused)
+    fused = [name for name in tensors.names if name.endswith("experts.gate_up_proj")]
+    mtp = [name for name in fused if name.startswith("mtp.")]
+    return names.table(spec, fused=len(fused) > len(mtp), mtp_fused=bool(mtp))
 
 
 def load(
@@ -168,10 +211,9 @@ def load(
       config.InputError: see the module docstring.
     """
     folder = pathlib.Path(folder)
-    raw = hf_config.read_config(folder)
-    dtype = dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    changes = {"param_dtype": dtype, "compute_dtype": dtype} | changes
-    spec = hf_config.spec_from_config(raw, **changes)
+    if dtype:
+        changes = {"param_dtype": dtype, "compute_dtype": dtype} | changes
+    spec = read_spec(folder, **changes)
     tensors = check(folder, spec)
     table = _table(tensors, spec)
     return spec, fill(spec, tensors, table, device_mesh, rules)
@@ -263,7 +305,10 @@ def save(
     hf_config.check_spec(spec)
     folder = pathlib.Path(folder)
     fused = hf_config.FAMILIES[spec.family].fused
-    named = named_tensors(spec, weights, fused=fused, dtype=dtype)
+    named = (
+        (hf_parts.saved_name(spec, name), tensor)
+        for name, tensor in named_tensors(spec, weights, fused=fused, dtype=dtype)
+    )
     if jax.process_index() != 0:
         for _ in named:  # takes part in the gathers
             continue

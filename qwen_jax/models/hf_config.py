@@ -11,10 +11,12 @@ Spec that its own config.json could not tell.
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
 from qwen_jax import config
+from qwen_jax.models import hf_parts
 from qwen_jax.models import spec as spec_lib
 
 
@@ -73,7 +75,8 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
       config.InputError: an architecture or option this decoder does not have.
     """
     if isinstance(raw.get("text_config"), dict):  # the text part of a larger model
-        raw = {"tie_word_embeddings": raw.get("tie_word_embeddings")} | {
+        whole = ("tie_word_embeddings", "architectures", "pad_token_id")
+        raw = {k: raw.get(k) for k in whole} | {
             k: v for k, v in raw["text_config"].items() if v is not None
         }
     family = raw.get("model_type", "").removesuffix("_text")
@@ -141,6 +144,7 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
         raise config.InputError(
             f"output_gate_type {raw['output_gate_type']!r}: wanted 'silu'"
         )
+    values |= hf_parts.read(raw, family)
     return config.freeze(spec_lib.Spec, values | changes, at="model")
 
 
@@ -231,20 +235,36 @@ def _rope(raw: dict[str, Any]) -> tuple[float, spec_lib.RopeScaling | None]:
         return theta, None
     if kind not in ("linear", "yarn"):
         raise config.InputError(f"rope type {kind!r}: wanted default, linear or yarn")
-    original = settings.get("original_max_position_embeddings")
+    longest = raw.get("max_position_embeddings", 32_768)
+    original = settings.get("original_max_position_embeddings") or longest
+    factor = settings.get("factor") or (longest / original if kind == "yarn" else 0)
+    if factor < 1:
+        raise config.InputError(
+            f"rope_scaling of kind {kind!r} in config.json has factor="
+            f"{settings.get('factor')}: wanted a number of at least 1"
+        )
     scaling = spec_lib.RopeScaling(
         kind=kind,
-        factor=float(settings["factor"]),
-        original_positions=original or raw.get("max_position_embeddings", 32_768),
+        factor=float(factor),
+        original_positions=original,
         beta_fast=float(settings.get("beta_fast") or 32),
         beta_slow=float(settings.get("beta_slow") or 1),
-        attention_factor=settings.get("attention_factor"),
+        attention_factor=_attention_factor(settings, factor),
         truncate=settings.get("truncate", True),
     )
-    for key in ("mscale", "mscale_all_dim"):
-        if settings.get(key):
-            raise config.InputError(f"rope option {key} is not a Qwen option")
     return theta, scaling
+
+
+def _attention_factor(settings: dict[str, Any], factor: float) -> float | None:
+    """What YaRN multiplies cos and sin by where config.json says: the number itself, or
+    (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1) where it has both.
+    """
+    told = settings.get("attention_factor")
+    scales = [settings.get(key) for key in ("mscale", "mscale_all_dim")]
+    if told is not None or not all(scales):
+        return told
+    above, below = (0.1 * scale * math.log(factor) + 1 for scale in scales)
+    return above / below
 
 
 def _window(raw: dict[str, Any]) -> tuple[int, int]:
@@ -267,7 +287,6 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
     """config.json of a Spec, in the published form, which every release reads."""
     known = FAMILIES[spec.family]
     raw = {
-        "architectures": [known.architecture],
         "model_type": known.model_type or spec.family,
         "attention_dropout": 0.0,
         "hidden_act": "silu",
@@ -315,7 +334,7 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
                 raw["rope_scaling"]["attention_factor"] = scaling.attention_factor
     if known.new:
         raw |= _new_config(spec, raw["rope_scaling"])
-    return raw
+    return raw | hf_parts.write(spec, known.architecture)
 
 
 def _new_config(spec: spec_lib.Spec, scaling: dict[str, Any] | None) -> dict[str, Any]:
@@ -369,6 +388,7 @@ def check_spec(spec: spec_lib.Spec) -> None:
             f"{config.nearest(spec.family, FAMILIES)}; set --config.model.family, "
             "or --config.export=false"
         )
+    hf_parts.check(spec)
     wrong = _told_otherwise(spec)
     if not wrong:
         return
@@ -405,6 +425,7 @@ def _function(spec: spec_lib.Spec) -> dict[str, Any]:
         "init_std",
         "bos_id",
         "eos_ids",
+        "pad_id",
     )
     names = [f.name for f in dataclasses.fields(spec) if f.name not in none]
     scaling = spec.rope_scaling

@@ -48,6 +48,27 @@ def _swiglu(name: str, key: str) -> tuple[Tensor, ...]:
     )
 
 
+_MTP = (
+    _one("mtp.pre_fc_norm_embedding.weight", "mtp.embedding_norm_d", "d -> d"),
+    _one("mtp.pre_fc_norm_hidden.weight", "mtp.hidden_norm_d", "d -> d"),
+    _one("mtp.norm.weight", "mtp.norm_d", "d -> d"),
+    Tensor(
+        "mtp.fc.weight",
+        (("mtp.embedding_dd", "o d -> d o"), ("mtp.hidden_dd", "o d -> d o")),
+        dim=1,
+    ),
+)
+_SCORES = (
+    _one("score.weight", "score_yd", "y d -> y d"),
+    _one("score.bias", "score_bias_y", "y -> y"),
+)
+# Two linear layers with a ReLU between them.
+_REWARDS = (
+    _one("score.0.weight", "score_in_dd", "o d -> d o"),
+    _one("score.0.bias", "score_in_bias_d", "o -> o"),
+    _one("score.2.weight", "score_yd", "y d -> y d"),
+    _one("score.2.bias", "score_bias_y", "y -> y"),
+)
 _A = "layers.attention."
 _BASE = (
     _one("model.embed_tokens.weight", "embed_vd", "v d -> v d"),
@@ -142,21 +163,43 @@ _DELTA_APART = (
 )
 
 
-def table(spec: spec_lib.Spec, *, fused: bool) -> dict[str, Tensor]:
-    """{path in our tree: the tensor that holds it} for a model of this kind."""
+def table(
+    spec: spec_lib.Spec, *, fused: bool, mtp_fused: bool | None = None
+) -> dict[str, Tensor]:
+    """{path in our tree: the tensor that holds it} for a model of this kind.
+
+    `fused`: all experts of a layer in one tensor; `mtp_fused`: in the layers of the
+    head for further tokens, where that differs.
+    """
+    query = _GATED_QUERY if spec.output_gate else _PLAIN_QUERY
     tensors = (
         *_BASE,
-        *(_GATED_QUERY if spec.output_gate else _PLAIN_QUERY),
+        *query,
         *(_EXPERTS_FUSED if fused else _EXPERTS_APART),
         *_DELTA_BASE,
         *(_DELTA_GROUPED if spec.family == "qwen3_next" else _DELTA_APART),
+        *(_REWARDS if spec.head == "reward" else _SCORES),
     )
+    if spec.mtp_layers:
+        mtp_fused = fused if mtp_fused is None else mtp_fused
+        experts = _EXPERTS_FUSED if mtp_fused else _EXPERTS_APART
+        layer = [x for x in (*_BASE, *query, *experts) if x.name.startswith(_LAYER)]
+        tensors += (*_MTP, *map(_in_mtp, layer))
     return {key: tensor for tensor in tensors for key, _ in tensor.parts}
+
+
+def _in_mtp(tensor: Tensor) -> Tensor:
+    """The tensor of the head for further tokens that is like one of a layer."""
+    name = tensor.name.replace("model.", "mtp.", 1)
+    parts = tuple((f"mtp.{key}", pattern) for key, pattern in tensor.parts)
+    return dataclasses.replace(tensor, name=name, parts=parts)
 
 
 def sizes(spec: spec_lib.Spec, key: str) -> dict[str, int]:
     """What the letters of the patterns of a weight stand for."""
+    key = key.removeprefix("mtp.")
     out = {"d": spec.width, "v": spec.vocab_size, "f": spec.ffn_width}
+    out |= {"o": spec.width, "y": spec.num_classes}
     if key.startswith(_D):
         delta = spec.delta
         return out | {
@@ -218,6 +261,8 @@ def shape(tensor: Tensor, spec: spec_lib.Spec) -> tuple[int, ...]:
 
 def owners(key: str, spec: spec_lib.Spec) -> tuple[int, ...]:
     """The layers whose tensors a stacked weight is made of, in order."""
+    if key.startswith("mtp."):
+        return tuple(range(spec.mtp_layers))
     stack = key.split(".")[1]
     if stack in ("attention", "delta", "mlp", "moe"):
         return spec.layers_with(stack)

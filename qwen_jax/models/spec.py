@@ -21,6 +21,7 @@ ATTENTION = ("blockwise", "cudnn", "splash")
 MIXERS = ("attention", "delta")
 EXPERTS = ("auto", "ragged", "blocks", "capacity", "tokamax")
 EXCHANGES = ("gather", "all_to_all")
+HEADS = ("tokens", "none", "classes", "token_classes", "reward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,30 @@ class Delta:
 
 
 @dataclasses.dataclass(frozen=True)
+class DualChunk:
+    """Dual chunk attention (see dual_chunk.py): the trained length, how far a query
+    sees true distances into the chunk before its own, and the length from which scores
+    are tempered (0: never)."""
+
+    chunk_size: int = 262_144
+    local_size: int = 8192
+    original_positions: int = 0
+
+    def __post_init__(self):
+        if not 0 < self.local_size < self.chunk_size or self.original_positions < 0:
+            raise ValueError(
+                f"dual_chunk: local_size={self.local_size} must be above 0 and below "
+                f"chunk_size={self.chunk_size}, original_positions="
+                f"{self.original_positions} at least 0"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk_size - self.local_size
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """What a layer is: its mixer, the window of its attention, experts or none."""
 
@@ -127,6 +152,12 @@ class Spec:
     of compute, half the traffic with bfloat16) or "float32" (see mesh.gather). The
     matrices of the layers alone: tables and head are summed in float32 always, biases
     and norms in the dtype of compute.
+
+    head: what stands on the last norm: "tokens" (logits of the vocabulary), "none"
+    (an embedding model), or scores of `num_classes`, by a matrix from the last token
+    of a document ("classes") or from each ("token_classes"), or by two matrices with
+    a ReLU between them from each ("reward"); see heads.py. head_bias: of "classes" and
+    "token_classes". mtp_layers: of the head that predicts further tokens, see mtp.py.
     """
 
     family: str = "qwen3"
@@ -140,8 +171,13 @@ class Spec:
     qkv_bias: bool = False
     qk_norm: bool = True
     tie_embedding: bool = True
+    head: str = "tokens"
+    num_classes: int = 0
+    head_bias: bool = False
+    mtp_layers: int = 0
     rope_theta: float = 1e6
     rope_scaling: RopeScaling | None = None
+    dual_chunk: DualChunk | None = None
     max_positions: int = 40_960
     window: int = 0
     full_layers: int = 0
@@ -160,6 +196,7 @@ class Spec:
     attention: str = "blockwise"
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads"):
@@ -196,6 +233,12 @@ class Spec:
             raise ValueError(
                 f"reduce_dtype={self.reduce_dtype!r}: wanted compute or float32"
             )
+        if self.dual_chunk and (self.window or self.rope_scaling):
+            raise ValueError(
+                "dual_chunk stands for itself: with it window must be 0 and "
+                "rope_scaling not given"
+            )
+        _check_head(self)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -209,6 +252,11 @@ class Spec:
             for i in range(self.num_layers)
             for mixer in [self.mixers[i % len(self.mixers)]]
         )
+
+    @property
+    def mtp_kinds(self) -> tuple[Kind, ...]:
+        """What each layer of the head for further tokens is: full attention."""
+        return (Kind(sparse=self.moe is not None),) * self.mtp_layers
 
     def layers_with(self, stack: str) -> tuple[int, ...]:
         """Layers that have weights in a stack: "attention", "delta", "mlp", "moe"."""
@@ -228,6 +276,27 @@ class Spec:
         """
         return tuple(
             0 if i < self.full_layers else self.window for i in range(self.num_layers)
+        )
+
+
+def _check_head(spec: Spec) -> None:
+    if spec.head not in HEADS:
+        raise ValueError(f"head={spec.head!r}{config.nearest(spec.head, HEADS)}")
+    scores = spec.head not in ("tokens", "none")
+    if scores != (spec.num_classes > 0):
+        raise ValueError(
+            f"num_classes={spec.num_classes} with head={spec.head!r}: wanted "
+            + ("at least 1" if scores else "0")
+        )
+    if spec.mtp_layers < 0 or (spec.mtp_layers and spec.head != "tokens"):
+        raise ValueError(
+            f"mtp_layers={spec.mtp_layers} with head={spec.head!r}: wanted 0 or more, "
+            "and 0 where no tokens are predicted"
+        )
+    if spec.head_bias and spec.head not in ("classes", "token_classes"):
+        raise ValueError(
+            f"head_bias=True with head={spec.head!r}: only classes and token_classes "
+            "choose whether to have a bias"
         )
 
 

@@ -104,7 +104,7 @@ def activation_bytes_per_token(
     """(kept by all layers, working set of one) for one token of one device."""
     names = decoder.saved_names(remat)
     kept, working = 0, 0
-    for kind in spec.kinds:
+    for kind in (*spec.kinds, *spec.mtp_kinds):
         mixer, mixing = _mixer(spec, kind.mixer, rules, sizes)
         fed, feeding = _feed_forward(spec, kind.sparse, rules, sizes)
         each, width = mixer | fed, spec.width * _item(spec.compute_dtype)

@@ -11,7 +11,8 @@ parts of a layer's gradient are summed in the compute dtype, before they are wid
 or in float32 with model.reduce_dtype (see mesh.gather).
 Metrics (float32 scalars): loss (nats a token), bits (sum of nll in bits), bytes,
 targets, z_loss, grad_norm, lr is the caller's, skipped (0 or 1), and tokens of padding;
-with experts those of `router_metrics`.
+with experts those of `router_metrics`; mtp_loss (nats a token, mean over the layers of
+the MTP head) where that is trained.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from qwen_jax import mesh
-from qwen_jax.models import decoder, moe
+from qwen_jax.models import decoder, moe, mtp
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.train import losses
 from qwen_jax.train import state as state_lib
@@ -44,6 +45,11 @@ class StepConfig:
     document_mask: bool = True
     loop: str = "scan"
     remat: str = "none"
+    mtp_coef: float = 0.0
+
+    def depths(self, spec: spec_lib.Spec) -> int:
+        """Layers of the MTP head that are trained."""
+        return spec.mtp_layers if self.mtp_coef else 0
 
 
 def loss_fn(
@@ -58,7 +64,8 @@ def loss_fn(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What one micro-batch adds to the loss of the step, and its sums.
 
-    (sum of nll + z_loss * lse^2) / targets, and the losses of routers: see `moe`.
+    (sum of nll + z_loss * lse^2) / targets, the losses of routers: see `moe`, and
+    mtp_coef times that of further tokens: see `mtp`.
 
     Args:
       whole: targets and tokens of the global batch.
@@ -68,7 +75,7 @@ def loss_fn(
         spec,
         params,
         batch["tokens_bt"],
-        positions=batch["positions_bt"] if config.document_mask else None,
+        positions=_positions(batch, spec, config),
         segments=batch["segments_bt"] if config.document_mask else None,
         rules=rules,
         loop=config.loop,
@@ -83,6 +90,13 @@ def loss_fn(
         rules=rules,
     )
     loss = total / whole["targets"]
+    if config.depths(spec):
+        parts["mtp"], also = _further(
+            params, hidden_btd, batch, whole, spec=spec, rules=rules, config=config
+        )
+        loss += config.mtp_coef * parts["mtp"]
+        if routed is not None:
+            routed = jax.tree.map(lambda *xs: jnp.concatenate(xs), routed, also)
     if routed is None:
         return loss, parts
     share = {
@@ -104,6 +118,40 @@ def loss_fn(
     return loss, parts
 
 
+def _positions(batch, spec, config):
+    """Those of the batch, which dual chunks count themselves from its segments."""
+    known = config.document_mask and spec.dual_chunk is None
+    return batch["positions_bt"] if known else None
+
+
+def _further(params, hidden_btd, batch, whole, *, spec, rules, config):
+    """(mean over depths of the cross-entropy of further tokens, what their routers
+    counted or None)."""
+    hiddens, routed = mtp.hidden(
+        spec,
+        params,
+        hidden_btd,
+        batch["tokens_bt"],
+        positions=_positions(batch, spec, config),
+        segments=batch["segments_bt"] if config.document_mask else None,
+        rules=rules,
+        remat=config.remat,
+    )
+    loss = 0.0
+    for depth, x_btd in enumerate(hiddens):
+        targets_bt, mask_bt = mtp.targets(batch, depth)
+        total, _ = losses.cross_entropy(
+            x_btd,
+            decoder.head_vd(spec, params),
+            targets_bt,
+            mask_bt,
+            z_coef=0.0,
+            rules=rules,
+        )
+        loss += total / whole["mtp_targets"][depth] / len(hiddens)
+    return loss, routed
+
+
 def gradients(
     params: Any, batch: dict[str, jax.Array], *, spec, rules, config
 ) -> tuple[Any, dict[str, jax.Array]]:
@@ -113,10 +161,14 @@ def gradients(
         real = jnp.sum(batch["segments_bt"] > 0).astype(jnp.float32)
         every = jnp.float32(batch["segments_bt"].size)
         whole["tokens"] = jnp.maximum(real, 1.0) if config.document_mask else every
+    depths = config.depths(spec)
+    if depths:
+        counts = [jnp.sum(mtp.targets(batch, depth)[1]) for depth in range(depths)]
+        whole["mtp_targets"] = jnp.maximum(jnp.stack(counts), 1.0)
     grad_fn = jax.grad(
         functools.partial(loss_fn, spec=spec, rules=rules, config=config), has_aux=True
     )
-    zero = no_sums(spec)
+    zero = no_sums(spec, depths)
     micro = batch["mask_bt"].shape[0]
     if micro == 1:
         part = jax.tree.map(lambda x: x[0], batch)
@@ -132,13 +184,14 @@ def gradients(
     return grads, parts | whole
 
 
-def no_sums(spec: spec_lib.Spec) -> dict[str, jax.Array]:
-    """The sums of a step before its first micro-batch."""
-    names = ["nll", "z"]
+def no_sums(spec: spec_lib.Spec, depths: int = 0) -> dict[str, jax.Array]:
+    """The sums of a step before its first micro-batch, with so many layers of the MTP
+    head trained."""
+    names = ["nll", "z", *(["mtp"] if depths else [])]
     if spec.moe is None:
         return {name: jnp.zeros(()) for name in names}
     names += ["balance", "router_z", "routed", "dropped"]
-    shape = (len(spec.layers_with("moe")), spec.moe.num_experts)
+    shape = (len(spec.layers_with("moe")) + depths, spec.moe.num_experts)
     return {name: jnp.zeros(()) for name in names} | {"counts_le": jnp.zeros(shape)}
 
 
@@ -192,6 +245,8 @@ def train_step(
         "padding": jnp.sum(batch["segments_bt"] == 0),
         "skipped": skipped,
     }
+    if config.depths(spec):
+        metrics["mtp_loss"] = parts["mtp"]
     if spec.moe is not None:
         metrics |= router_metrics(spec, parts)
     if bytes_v is not None:
