@@ -3,7 +3,7 @@
 
     settings = image.load_settings("DIR")        # or image.FAMILIES["qwen3_vl"]
     images = image.patches(settings, ["cat.jpg", array_hwc, pil_image])
-    images["pixels"], images["grid_thw"]         # for models.forward(images=...)
+    models.forward(spec, params, tokens_bt, images=images)
 
 Source: transformers 5.23, `Qwen2VLImageProcessorPil`, the processor of every family
 from qwen2_vl to qwen4_exp; pixels and grids are equal to it bit for bit. Where
@@ -17,9 +17,9 @@ Steps: RGB; `resized` picks a multiple of patch * merge for each side; PIL resam
 (rows of merge blocks, columns of blocks, row in block, column in block), each patch
 flattened as (channel, frame, row, column). A still image fills all frames of a patch.
 
-Letters here: t frames, h rows, w columns, c channels, p patches, x values of a patch
+Letters here: t frames, h rows, w columns, c channels, p patches, y values of a patch
 (c * temporal_patch * patch * patch), n images.
-Shapes: pixels_px float32, grid_thw int32 [n, 3], in patches; p = sum of t * h * w.
+Shapes: pixels_py float32, grid_thw int32 [n, 3], in patches; p = sum of t * h * w.
 Raises: InputError for a setting of a wrong type or value, sides that differ more than
 200-fold, output beyond `limits.output_bytes`, and all that `picture` refuses.
 """
@@ -286,7 +286,7 @@ def patches(
     sources: Sequence[Any],
     limits: picture.Limits = picture.LIMITS,
 ) -> dict[str, np.ndarray]:
-    """Images -> dict(pixels=float32 [p, x], grid_thw=int32 [n, 3]).
+    """Images -> dict(pixels=float32 [p, y], grid_thw=int32 [n, 3]).
 
     sources: paths, bytes, PIL images or arrays (see `picture`), in prompt order.
     """
@@ -304,13 +304,13 @@ def patches(
         except config.InputError as error:
             raise config.InputError(f"image {i}: {error}") from None
         found.append(np.asarray(resample(settings, image, height, width))[None])
-    pixels_px = np.empty((sum(map(math.prod, grids)), values_of_patch(settings)), "f4")
+    pixels_py = np.empty((sum(map(math.prod, grids)), values_of_patch(settings)), "f4")
     start = 0
     for rgb_thwc, grid in zip(found, grids, strict=True):
         end = start + math.prod(grid)
-        write_patches(settings, rgb_thwc, pixels_px[start:end])
+        write_patches(settings, rgb_thwc, pixels_py[start:end])
         start = end
-    return {"pixels": pixels_px, "grid_thw": np.array(grids, np.int32)}
+    return {"pixels": pixels_py, "grid_thw": np.array(grids, np.int32)}
 
 
 def resample(settings: Settings, image: Any, height: int, width: int) -> Any:
@@ -318,8 +318,8 @@ def resample(settings: Settings, image: Any, height: int, width: int) -> Any:
     return image.resize((width, height), resample=settings.resample)
 
 
-def write_patches(settings: Settings, rgb_thwc: np.ndarray, out_px: np.ndarray) -> None:
-    """uint8 [t, h, w, 3] -> normalized patches, into out_px [p, x].
+def write_patches(settings: Settings, rgb_thwc: np.ndarray, out_py: np.ndarray) -> None:
+    """uint8 [t, h, w, 3] -> normalized patches, into out_py [p, y].
 
     t is 1 (a still image) or a multiple of temporal_patch.
     """
@@ -330,7 +330,7 @@ def write_patches(settings: Settings, rgb_thwc: np.ndarray, out_px: np.ndarray) 
     frames = 1 if still else f
     split = rgb_thwc.reshape(t // frames, frames, rows, m, q, columns, m, q, 3)
     order = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    out = out_px.reshape(t // frames, rows, columns, m, m, 3, f, q, q)
+    out = out_py.reshape(t // frames, rows, columns, m, m, 3, f, q, q)
     table_cv = normalized_table(settings)
     for channel in range(3):  # a value of uint8 has one result: look it up
         # For a still image the one frame is broadcast over the f frames of a patch.

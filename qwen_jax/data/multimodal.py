@@ -3,8 +3,10 @@
 
     processor = multimodal.load("DIR")                   # tokenizer, settings
     images, videos = multimodal.media(messages)          # in prompt order
-    prompt = processor(text, images=images, videos=videos)   # text: the rendered chat
-    models.forward(spec, params, prompt.ids[None], images=prompt.images)
+    prompt = processor(ids, images=images, videos=videos)    # ids of the rendered chat
+    models.forward(
+        spec, params, prompt.ids[None], images=prompt.images, videos=prompt.videos
+    )
 
 A chat template writes `<|vision_start|><|image_pad|><|vision_end|>` for an image and
 `<|vision_start|><|video_pad|><|vision_end|>` for a video. Each pad becomes as many
@@ -48,8 +50,9 @@ class Prompt:
     """What one forward pass reads."""
 
     ids: np.ndarray  # int32 [t]
-    images: dict[str, np.ndarray] | None = None  # pixels [p, x], grid_thw [n, 3]
-    videos: video.Patches | None = None  # .arrays for the model, and times
+    images: dict[str, np.ndarray] | None = None  # see image.patches
+    videos: dict[str, np.ndarray] | None = None  # see video.Patches.arrays
+    watched: video.Patches | None = None  # which frames the videos are, and when
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,8 @@ class Processor:
         image_grids = seen["grid_thw"] if seen else np.zeros((0, 3), np.int32)
         video_grids = watched.arrays["grid_thw"] if watched else image_grids[:0]
         times = watched.timestamps if watched else ()
-        return Prompt(self.expand(text, image_grids, video_grids, times), seen, watched)
+        ids = self.expand(text, image_grids, video_grids, times)
+        return Prompt(ids, seen, watched.arrays if watched else None, watched)
 
     def count(self, text: str | Sequence[int]) -> tuple[int, int]:
         """How many placeholders of images and of videos a text or its ids hold."""

@@ -3,8 +3,8 @@
 
     settings = video.load_settings("DIR")        # or video.FAMILIES["qwen3_vl"]
     found = video.patches(settings, [video.Clip(frames, fps=24.0)])
-    found.arrays["pixels"], found.arrays["grid_thw"]   # for models.forward(videos=...)
-    found.timestamps, found.seconds_per_grid           # for the prompt; for positions
+    models.forward(spec, params, tokens_bt, videos=found.arrays)
+    found.timestamps                             # for the prompt
 
 Source: transformers 5.23, `Qwen2VLVideoProcessor` (qwen2_vl, qwen2_5_vl) and
 `Qwen3VLVideoProcessor` (qwen3_vl to qwen4_exp). Frames, sizes, grids, patch order and
@@ -95,10 +95,11 @@ class Clip:
 class Patches:
     """Videos as arrays, and one entry for each video in the other fields."""
 
-    arrays: dict[str, np.ndarray]  # pixels [p, x], grid_thw [n, 3]
+    # pixels [p, y], grid_thw [n, 3], and seconds_per_grid float32 [n]: from one
+    # temporal patch to the next, for positions of Qwen2.5-VL
+    arrays: dict[str, np.ndarray]
     indices: tuple[np.ndarray, ...]  # frames taken, numbers in the source
     timestamps: tuple[np.ndarray, ...]  # float64 [t]: middle of a temporal patch
-    seconds_per_grid: np.ndarray  # float64 [n]: from one temporal patch to the next
     fps_assumed: tuple[bool, ...]
 
 
@@ -270,18 +271,22 @@ def patches(
         sum(map(math.prod, grids)),
         image.values_of_patch(settings),
     )
-    pixels_px = np.empty((num_patches, num_values), np.float32)
+    pixels_py = np.empty((num_patches, num_values), np.float32)
     start = 0
     for clip, grid in zip(chosen, grids, strict=True):
         end = start + math.prod(grid)
-        _write(settings, clip.frames, grid, pixels_px[start:end])
+        _write(settings, clip.frames, grid, pixels_py[start:end])
         start = end
     f = settings.temporal_patch
+    seconds = [f / (len(c.indices) / c.total * c.fps) for c in chosen]
     return Patches(
-        {"pixels": pixels_px, "grid_thw": np.array(grids, np.int32)},
+        {
+            "pixels": pixels_py,
+            "grid_thw": np.array(grids, np.int32),
+            "seconds_per_grid": np.array(seconds, np.float32),
+        },
         tuple(c.indices for c in chosen),
         tuple(timestamps(settings, c.indices, c.fps) for c in chosen),
-        np.array([f / (len(c.indices) / c.total * c.fps) for c in chosen]),
         tuple(c.fps_assumed for c in chosen),
     )
 
@@ -378,7 +383,7 @@ def _decode(sources: list[Any], limits: picture.Limits) -> list[Any]:
 def _write(
     settings: Settings, frames: list[Any], grid: tuple[int, int, int], out: np.ndarray
 ) -> None:
-    """Resized frames -> out [p, x], one temporal patch at a time to save memory."""
+    """Resized frames -> out [p, y], one temporal patch at a time to save memory."""
     height, width = grid[1] * settings.patch, grid[2] * settings.patch
     f, per_step = settings.temporal_patch, grid[1] * grid[2]
     for step in range(grid[0]):
@@ -387,5 +392,5 @@ def _write(
         resized_thwc = np.stack(
             [np.asarray(image.resample(settings, x, height, width)) for x in part]
         )
-        out_px = out[step * per_step : (step + 1) * per_step]
-        image.write_patches(settings, resized_thwc, out_px)
+        out_py = out[step * per_step : (step + 1) * per_step]
+        image.write_patches(settings, resized_thwc, out_py)

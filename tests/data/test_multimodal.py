@@ -116,7 +116,7 @@ def test_ids_equal_the_models_processor(family, layout, tokenizer, references):
     assert prompt.ids.tolist() == list(wanted["input_ids"][0])
     assert prompt.ids.dtype == np.int32
     if "second_per_grid_ts" in wanted:
-        found = prompt.videos.seconds_per_grid
+        found = prompt.videos["seconds_per_grid"]
         np.testing.assert_allclose(found, wanted["second_per_grid_ts"])
     if layout != "pads without marks":  # ids from ids are the same
         ids = tokenizer.encode(text, allow_special=True)
@@ -129,7 +129,7 @@ def test_there_is_one_pad_for_every_feature(family, tokenizer):
     prompt = processor(tokenizer, family)(f"{VIDEO}{IMAGE}", IMAGES[:1], CLIPS[:1])
     for pad, arrays in (
         ("<|image_pad|>", prompt.images),
-        ("<|video_pad|>", prompt.videos.arrays),
+        ("<|video_pad|>", prompt.videos),
     ):
         number = int((prompt.ids == tokenizer.specials[pad]).sum())
         assert number == len(arrays["pixels"]) // 4

@@ -77,7 +77,9 @@ def assert_as_reference(settings, clips):
     for i, metadata in enumerate(wanted["video_metadata"]):
         np.testing.assert_array_equal(made.indices[i], metadata.frames_indices)
         f = settings.temporal_patch
-        assert made.seconds_per_grid[i] == pytest.approx(f / metadata.sampled_fps)
+        assert made.arrays["seconds_per_grid"][i] == np.float32(
+            f / metadata.sampled_fps
+        )
         times = processing_qwen3_vl.Qwen3VLProcessor._calculate_timestamps(
             None, [int(n) for n in metadata.frames_indices], metadata.fps or 24, f
         )
@@ -230,7 +232,7 @@ def test_frames_that_somebody_has_chosen_keep_their_numbers():
     frames = clip(4, 32, 40)
     found = video.patches(SMALL3, [video.Clip(frames, 10.0, (0, 30, 60, 90), 100)])
     np.testing.assert_allclose(found.timestamps[0], [1.5, 7.5])
-    assert found.seconds_per_grid[0] == pytest.approx(2 / (4 / 100 * 10))
+    assert found.arrays["seconds_per_grid"][0] == pytest.approx(2 / (4 / 100 * 10))
     assert found.arrays["grid_thw"][0, 0] == 2
 
 
