@@ -30,7 +30,7 @@ import math
 import numbers
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,14 +145,14 @@ def read_processor(
     return None
 
 
-def family_of(folder: str | os.PathLike) -> str:
-    """The model_type of a folder, one of FAMILIES."""
+def family_of(folder: str | os.PathLike, known: Iterable[str] = FAMILIES) -> str:
+    """The model_type of a folder, one of those known."""
     path = pathlib.Path(folder) / "config.json"
     family = _read_object(path).get("model_type") if path.is_file() else None
-    if family not in FAMILIES:
+    if family not in known:
         raise config.InputError(
             f"{str(folder)!r}: no preprocessor_config.json, and the model_type "
-            f"{family!r} of config.json is none of {', '.join(FAMILIES)}: add the "
+            f"{family!r} of config.json is none of {', '.join(known)}: add the "
             "file, or give settings"
         )
     return family
