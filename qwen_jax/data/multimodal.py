@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts with pictures: text and media -> ids with a placeholder for every feature.
+"""Prompts with media: text and pictures -> ids with a placeholder for every feature.
 
     processor = multimodal.load("DIR")                   # tokenizer, settings
-    images, videos = multimodal.media(messages)          # in prompt order
-    prompt = processor(ids, images=images, videos=videos)    # ids of the rendered chat
+    found = multimodal.media(messages)                   # in prompt order
+    prompt = processor(ids, found.images, found.videos)  # ids of the rendered chat
     models.forward(
         spec, params, prompt.ids[None], images=prompt.images, videos=prompt.videos
     )
 
 A chat template writes `<|vision_start|><|image_pad|><|vision_end|>` for an image and
 `<|vision_start|><|video_pad|><|vision_end|>` for a video. Each pad becomes as many
-pads as the encoder gives features: t * h * w / merge^2 of its grid.
+pads as the encoder gives features: t * h * w / merge^2 of its grid. `Listener` does the
+same for sounds, whose pads are those of SOUNDS.
 
-Source: transformers 5.23, Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor; ids
-are equal to theirs. A video of the qwen3 generation becomes one block for each temporal
-patch, `<1.5 seconds><|vision_start|>pads<|vision_end|>`. transformers 5 puts these
-blocks between the marks that the template wrote; transformers 4.57, with which Qwen3-VL
-was published, and vLLM put them in place of the marks: `outer_marks="drop"` does that.
+Source: transformers 5.23, Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor,
+Qwen2AudioProcessor; ids are equal to theirs. A video of the qwen3 generation becomes
+one block for each temporal patch, `<1.5 seconds><|vision_start|>pads<|vision_end|>`.
+transformers 5 puts these blocks between the marks that the template wrote; transformers
+4.57, with which Qwen3-VL was published, and vLLM put them in place of the marks:
+`outer_marks="drop"` does that.
 
 Text of strangers: pass ids, made with the strangers' text encoded as plain text
 (`Tokenizer.encode`), so that a literal `<|image_pad|>` in it is no placeholder. In a
@@ -37,7 +39,7 @@ from typing import Any
 import numpy as np
 
 from qwen_jax import config
-from qwen_jax.data import image, picture, video
+from qwen_jax.data import audio, image, picture, video
 from qwen_jax.data import tokenizer as tokenizer_lib
 
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
@@ -53,6 +55,8 @@ class Prompt:
     images: dict[str, np.ndarray] | None = None  # see image.patches
     videos: dict[str, np.ndarray] | None = None  # see video.Patches.arrays
     watched: video.Patches | None = None  # which frames the videos are, and when
+    sounds: dict[str, np.ndarray] | None = None  # see audio.Features.arrays
+    heard: audio.Features | None = None  # how long the sounds are, and what was cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +174,52 @@ class Processor:
         return np.concatenate([*parts, ids[done:]]).astype(np.int64)
 
 
+# The placeholder of a sound, by family.
+SOUNDS = {
+    "qwen2_audio": "<|AUDIO|>",
+    "qwen2_5_omni": "<|AUDIO|>",
+    "qwen3_omni_moe": "<|audio_pad|>",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Listener:
+    """A model's tokenizer and settings for sounds; calling it makes a Prompt."""
+
+    tokenizer: tokenizer_lib.Tokenizer
+    family: str
+    sounds: audio.Settings
+    limits: audio.Limits = audio.LIMITS
+
+    def __post_init__(self):
+        if self.family not in SOUNDS:
+            raise config.InputError(
+                f"family {self.family!r}{config.nearest(str(self.family), SOUNDS)}"
+            )
+        if SOUNDS[self.family] not in self.tokenizer.specials:
+            raise config.InputError(
+                f"the vocabulary has no {SOUNDS[self.family]}; wanted the tokenizer of "
+                "a model that hears"
+            )
+
+    def __call__(self, text: str | Sequence[int], sounds: Sequence[Any] = ()) -> Prompt:
+        """text: a rendered chat, or its ids; sounds (see `audio`) in its order."""
+        if isinstance(text, str):
+            text = self.tokenizer.encode(text, allow_special=True)
+        mark = SOUNDS[self.family]
+        ids, pad = _as_ids(text), self.tokenizer.specials[mark]
+        _check_count(mark, int((ids == pad).sum()), "sounds", len(sounds))
+        if not sounds:
+            return Prompt(ids.astype(np.int32))
+        heard = audio.features(self.sounds, sounds, self.limits)
+        repeats = np.ones(len(ids), np.int64)
+        repeats[ids == pad] = [
+            audio.num_tokens(self.family, int(n)) for n in heard.arrays["lengths"]
+        ]
+        ids = np.repeat(ids, repeats).astype(np.int32)
+        return Prompt(ids, sounds=heard.arrays, heard=heard)
+
+
 def load(folder: str | os.PathLike, **changes: Any) -> Processor:
     """The Processor of a Hugging Face folder; changes: fields to set otherwise."""
     return Processor(
@@ -180,14 +230,30 @@ def load(folder: str | os.PathLike, **changes: Any) -> Processor:
     )
 
 
-def media(messages: Sequence[Mapping]) -> tuple[list[Any], list[video.Clip]]:
-    """(images, videos) of a chat, in the order in which a template writes their pads.
+def load_listener(folder: str | os.PathLike) -> Listener:
+    """The Listener of a Hugging Face folder."""
+    family = image.family_of(folder, SOUNDS)
+    tokenizer = tokenizer_lib.load(folder)
+    return Listener(tokenizer, family, audio.load_settings(folder))
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """What the messages of a chat show and play, in the order of its pads."""
+
+    images: list[Any]
+    videos: list[video.Clip]
+    sounds: list[Any]
+
+
+def media(messages: Sequence[Mapping]) -> Media:
+    """The media of a chat, in the order in which a template writes their pads.
 
     A message's content is text, or a list of {"type": "text", "text": ...},
-    {"type": "image", "image": ...} and {"type": "video", "video": ..., "fps": ...};
-    a video is a Clip, or what Clip.frames takes.
+    {"type": "image", "image": ...}, {"type": "video", "video": ..., "fps": ...} and
+    {"type": "audio", "audio": ...}; a video is a Clip, or what Clip.frames takes.
     """
-    images, videos = [], []
+    found = Media([], [], [])
     for i, message in enumerate(messages):
         content = message.get("content") if isinstance(message, Mapping) else message
         if content is None or isinstance(content, str):
@@ -198,38 +264,42 @@ def media(messages: Sequence[Mapping]) -> tuple[list[Any], list[video.Clip]]:
                 "or a list of parts"
             )
         for j, part in enumerate(content):
-            where = f"message {i}, part {j}"
             if isinstance(part, str):
                 continue
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind not in ("text", "image", "video") or kind not in part:
+            if kind not in ("text", "image", "video", "audio") or kind not in part:
                 raise config.InputError(
-                    f"{where}: wanted an object with type text, image or video and a "
-                    "key of that name"
+                    f"message {i}, part {j}: wanted an object with type text, image, "
+                    "video or audio and a key of that name"
                 )
             if kind == "image":
-                images.append(part["image"])
+                found.images.append(part["image"])
+            elif kind == "audio":
+                found.sounds.append(part["audio"])
             elif kind == "video":
                 clip = part["video"]
                 if not isinstance(clip, video.Clip):
                     clip = video.Clip(clip, part.get("fps"))
-                videos.append(clip)
-    return images, videos
+                found.videos.append(clip)
+    return found
 
 
 def check_counts(
     placeholders: tuple[int, int], num_images: int, num_videos: int
 ) -> None:
-    given = {IMAGE: num_images, VIDEO: num_videos}
-    for pads, (mark, number) in zip(placeholders, given.items(), strict=True):
-        what = "images" if mark == IMAGE else "videos"
-        if number > MAX_MEDIA:
-            raise config.InputError(f"{number} {what}; wanted at most {MAX_MEDIA}")
-        if pads != number:
-            raise config.InputError(
-                f"the prompt holds {pads} {mark} and {number} {what} came with it; "
-                "wanted one for each (text of strangers must be encoded as plain text)"
-            )
+    """InputError where a prompt holds more or fewer placeholders than media."""
+    _check_count(IMAGE, placeholders[0], "images", num_images)
+    _check_count(VIDEO, placeholders[1], "videos", num_videos)
+
+
+def _check_count(mark: str, pads: int, what: str, given: int) -> None:
+    if given > MAX_MEDIA:
+        raise config.InputError(f"{given} {what}; wanted at most {MAX_MEDIA}")
+    if pads != given:
+        raise config.InputError(
+            f"the prompt holds {pads} {mark} and {given} {what} came with it; "
+            "wanted one for each (text of strangers must be encoded as plain text)"
+        )
 
 
 def _features(grids: np.ndarray, merge: int) -> list[int]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import config
-from qwen_jax.data import image, multimodal, video
+from qwen_jax.data import audio, image, multimodal, video
 from qwen_jax.data import tokenizer as tokenizer_lib
 
 pytest.importorskip("PIL")
@@ -208,19 +208,21 @@ def test_media_of_messages_in_order():
                 {"type": "text", "text": "and"},
                 {"type": "video", "video": ["0.png", "1.png"], "fps": 2},
                 {"type": "image", "image": b"png"},
+                {"type": "audio", "audio": "hello.wav"},
             ],
         },
         {"role": "assistant", "content": None, "tool_calls": []},
         {"role": "user", "content": [{"type": "video", "video": CLIPS[0]}]},
     ]
-    images, videos = multimodal.media(messages)
-    assert images == ["a.png", b"png"]
-    assert videos == [video.Clip(["0.png", "1.png"], 2), CLIPS[0]]
+    found = multimodal.media(messages)
+    assert found.images == ["a.png", b"png"]
+    assert found.videos == [video.Clip(["0.png", "1.png"], 2), CLIPS[0]]
+    assert found.sounds == ["hello.wav"]
 
 
 @pytest.mark.parametrize(
     "content",
-    [7, [{"type": "audio", "audio": "a.wav"}], [{"type": "image"}], [None], [["x"]]],
+    [7, [{"type": "film", "film": "a.mp4"}], [{"type": "image"}], [None], [["x"]]],
 )
 def test_other_content_is_named(content):
     with pytest.raises(config.InputError, match="message 0"):
@@ -238,3 +240,72 @@ def test_a_processor_from_a_folder(tokenizer, tmp_path):
     one = found(text, IMAGES[:1]).ids
     settings = multimodal.Processor(tokenizer, found.images, found.videos)
     np.testing.assert_array_equal(one, settings(text, IMAGES[:1]).ids)
+
+
+# --- sounds ---
+
+SOUND = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+VOICES = [
+    audio.Sound(0.1 * MADE.standard_normal(n).clip(-9, 9), 16_000)
+    for n in (16_123, 321, 40_000)
+]
+
+
+@pytest.fixture(scope="module")
+def hearing(tokenizer):
+    """The vocabulary with the marks of Qwen2-Audio behind its own."""
+    added, document = list(tokenizer.document["added_tokens"]), tokenizer.document
+    for i, mark in enumerate(("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")):
+        added.append({**added[0], "content": mark, "id": tokenizer.vocab_size + i})
+    return tokenizer_lib.Tokenizer({**document, "added_tokens": added})
+
+
+def test_ids_with_sounds_equal_the_models_processor(hearing, tmp_path):
+    hearing.save(tmp_path)
+    reference = transformers.Qwen2AudioProcessor(
+        feature_extractor=transformers.WhisperFeatureExtractor(
+            feature_size=128, chunk_length=3
+        ),
+        tokenizer=transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(tmp_path / "tokenizer.json")
+        ),
+    )
+    listener = multimodal.Listener(hearing, "qwen2_audio", audio.Settings(seconds=3))
+    for text in (
+        f"Audio 1: {SOUND}\nhello",
+        f"{SOUND}{SOUND}",
+        f"a {SOUND} b {SOUND}{SOUND}",
+    ):
+        sounds = VOICES[: text.count("AUDIO|")]
+        wanted = reference(
+            text=[text],
+            audio=[np.float32(s.samples) for s in sounds],
+            sampling_rate=16_000,
+        )
+        prompt = listener(text, sounds)
+        assert prompt.ids.tolist() == list(wanted["input_ids"][0])
+        lengths = np.sum(wanted["feature_attention_mask"], axis=1)
+        np.testing.assert_array_equal(prompt.sounds["lengths"], lengths)
+        ids = hearing.encode(text, allow_special=True)
+        np.testing.assert_array_equal(listener(ids, sounds).ids, prompt.ids)
+
+
+def test_sounds_and_their_pads_must_agree(hearing, tokenizer, tmp_path):
+    listener = multimodal.Listener(hearing, "qwen2_audio", audio.Settings(seconds=3))
+    assert listener("hello").sounds is None
+    for text, sounds, words in (
+        (SOUND, [], r"1 <\|AUDIO\|> and 0 sounds"),
+        ("hello", VOICES[:1], r"0 <\|AUDIO\|> and 1 sounds"),
+    ):
+        with pytest.raises(config.InputError, match=words):
+            listener(text, sounds)
+    with pytest.raises(config.InputError, match="did you mean 'qwen2_audio'"):
+        multimodal.Listener(hearing, "qwen2_audi", audio.Settings())
+    with pytest.raises(config.InputError, match="a model that hears"):
+        multimodal.Listener(tokenizer, "qwen2_audio", audio.Settings())
+    hearing.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_audio"}))
+    found = multimodal.load_listener(tmp_path)
+    assert found.sounds == audio.FAMILIES["qwen2_audio"]
+    ids = found(SOUND, VOICES[1:2]).ids
+    assert (ids == hearing.specials["<|AUDIO|>"]).sum() == 1
