@@ -61,7 +61,8 @@ class Settings:
     """How sound becomes features.
 
     seconds: the length that all sounds are filled up to and cut at; with `fill` off
-    they are filled up to the longest, and never cut.
+    they are filled up to the longest, and never cut. trim: give only as many frames as
+    the longest sound has, where the tower takes any number.
     """
 
     rate_hz: int = 16_000
@@ -70,6 +71,7 @@ class Settings:
     hop: int = 160
     seconds: int = 30
     fill: bool = True
+    trim: bool = False
 
     def __post_init__(self):
         for name in ("rate_hz", "bands", "window", "hop", "seconds"):
@@ -83,7 +85,7 @@ class Settings:
 
 FAMILIES = {
     "qwen2_audio": Settings(),
-    "qwen2_5_omni": Settings(seconds=300),
+    "qwen2_5_omni": Settings(seconds=300, trim=True),
     "qwen3_omni_moe": Settings(fill=False),
 }
 
@@ -116,7 +118,8 @@ def load_settings(folder: str | os.PathLike) -> Settings:
         return FAMILIES[family]
     values, where = found
     # What the file leaves out is the extractor's default, which has 80 bands.
-    fields = {"bands": 80, "fill": FAMILIES[family].fill}
+    usual = FAMILIES[family]
+    fields = {"bands": 80, "fill": usual.fill, "trim": usual.trim}
     known = {
         "rate_hz": "sampling_rate",
         "bands": "feature_size",
@@ -292,20 +295,32 @@ def features(
     # torch.stft mirrors half a window at the ends, so a sound must be longer than that
     width = max(width, settings.window // 2 + 1)
     t = width // settings.hop
-    if len(found) * settings.bands * t * 4 > limits.output_bytes:
+    lengths = np.minimum(-(-num_samples // settings.hop), t)
+    kept_t = int(lengths.max()) if settings.trim else t
+    if len(found) * settings.bands * kept_t * 4 > limits.output_bytes:
         raise config.InputError(
             f"features of {len(found)} sounds take more than {limits.output_bytes:,} "
             "bytes: give fewer or shorter ones"
         )
-    mels_nzt = np.empty((len(found), settings.bands, t), np.float32)
+    mels_nzt = np.empty((len(found), settings.bands, kept_t), np.float32)
     for samples_s, mels_zt in zip(found, mels_nzt, strict=True):
-        mels_zt[:] = log_mel(settings, np.pad(samples_s, (0, width - len(samples_s))))
-    lengths = np.minimum(-(-num_samples // settings.hop), t)
+        mels_zt[:] = _filled(settings, samples_s, width)[:, :kept_t]
     return Features(
         {"mels": mels_nzt, "lengths": lengths.astype(np.int32)},
         num_samples / settings.rate_hz,
         np.array(cut),
     )
+
+
+def _filled(settings: Settings, samples_s: np.ndarray, width: int) -> np.ndarray:
+    """`log_mel` of samples filled up with silence to `width`, most of which, being the
+    same everywhere, is not computed."""
+    need = min(width, len(samples_s) + 2 * settings.window)
+    mels_zt = log_mel(settings, np.pad(samples_s, (0, need - len(samples_s))))
+    loudest = mels_zt.max() * 4.0 - 4.0
+    silence = (max(-10.0, loudest - 8.0) + 4.0) / 4.0
+    rest = width // settings.hop - mels_zt.shape[1]
+    return np.pad(mels_zt, ((0, 0), (0, rest)), constant_values=silence)
 
 
 def log_mel(settings: Settings, samples_s: np.ndarray) -> np.ndarray:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The audio tower of Qwen2-Audio: mel features of sounds in, embeddings of tokens out.
+"""The audio towers of Qwen2-Audio and Qwen2.5-Omni: mel features in, embeddings out.
 
     tower, heard = audio.load("DIR", dtype="float32")          # the tower
     spec, params = models.load("DIR", dtype="float32")         # the text model
@@ -11,12 +11,15 @@ x = gelu(conv(mels)); x = gelu(conv(x)) at half the rate; x += places; for each 
 x += attention(norm(x)); x += mlp(norm(x)), both ways over the frames of the sound; then
 means of pairs of frames, a norm, and a map to the decoder's width.
 Source: Qwen2-Audio (arXiv 2407.10759), transformers 5.23 `Qwen2AudioEncoder`; the tower
-is Whisper's encoder (arXiv 2212.04356) with the means before the last norm.
-Not here: the towers of Qwen2.5-Omni and Qwen3-Omni, which encode sounds in chunks.
+is Whisper's encoder (arXiv 2212.04356) with the means before the last norm. The one of
+Qwen2.5-Omni (arXiv 2503.20215, `Qwen2_5OmniAudioEncoder`) is the same on chunks of
+frames, each by itself, with sines for places; its text model is not loaded here.
+Not here: the tower of Qwen3-Omni, which begins with other convolutions.
 
 Shapes: sounds = {"mels": float32 [n, z, t], "lengths": int32 [n]} as `data.audio`
-gives, all rows' sounds in the order of their placeholders, t = 2 * places; ->
-features_nmo, of which the first `num_tokens(lengths)` of each sound count.
+gives, all rows' sounds in the order of their placeholders, t = 2 * places (any t
+with chunks); -> features_nmo, of which the first `num_tokens(lengths)` of each sound
+count.
 Letters besides those of `dims`: n sounds, z mel bands, w input width, o width of the
 decoder, r heads of the tower; t frames; j taps.
 Raises: config.InputError for another tower, a missing or misshapen tensor, features of
@@ -34,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from einops import rearrange
+from einops import EinopsError, rearrange
 
 from qwen_jax import config
 from qwen_jax import params as params_lib
@@ -48,14 +51,19 @@ TAPS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """What the tower is; the defaults are those of Qwen2-Audio-7B."""
+    """What the tower is; the defaults are those of Qwen2-Audio-7B.
+
+    chunk: mel frames that are encoded together, 0 for all; with chunks places are sines
+    and not learned.
+    """
 
     bands: int = 128
     num_layers: int = 32
     width: int = 1280
     num_heads: int = 20
     ffn_width: int = 5120
-    places: int = 1500  # frames after the convolutions
+    places: int = 1500  # frames after the convolutions, of a chunk where there are
+    chunk: int = 0
     out_width: int = 4096
     audio_id: int = 151_646
     init_std: float = 0.02
@@ -71,8 +79,13 @@ class Tower:
                 f"audio.width={self.width} is not divisible by "
                 f"audio.num_heads={self.num_heads}"
             )
-        if self.places % 2:
-            raise ValueError(f"audio.places={self.places}: wanted an even number")
+        if self.places % 2 or self.chunk not in (0, 2 * self.places):
+            raise ValueError(
+                f"audio.places={self.places}, audio.chunk={self.chunk}: wanted an even "
+                "number, and twice that or 0"
+            )
+        if self.chunk and self.width % 2:
+            raise ValueError(f"audio.width={self.width}: wanted an even number")
 
 
 def tower_params(tower: Tower) -> dict[str, Any]:
@@ -89,12 +102,13 @@ def tower_params(tower: Tower) -> dict[str, Any]:
         "conv1_bias_d": Param((d,), (None,), zeros),
         "conv2_jwd": Param((TAPS, d, d), (None, None, "embed"), init),
         "conv2_bias_d": Param((d,), (None,), zeros),
-        "place_td": Param((tower.places, d), (None, "embed"), init),
         "norm_d": Param((d,), (None,), ones),
         "norm_bias_d": Param((d,), (None,), zeros),
         "project_do": Param((d, o), ("embed", None), init),
         "project_bias_o": Param((o,), (None,), zeros),
     }
+    if not tower.chunk:
+        tree["place_td"] = Param((tower.places, d), (None, "embed"), init)
     part = {
         "o_lrkd": stacked((r, k, d), ("heads", None, "embed"), init),
         "o_bias_ld": stacked((d,), (None,), zeros),
@@ -143,6 +157,22 @@ NAMES = {
     "layers.down_lfd": (_LAYER + "fc2.weight", "d f -> f d"),
     "layers.down_bias_ld": (_LAYER + "fc2.bias", "d -> d"),
 }
+# Where Qwen2.5-Omni calls them otherwise.
+OMNI_NAMES = NAMES | {
+    "norm_d": ("audio_tower.ln_post.weight", "d -> d"),
+    "norm_bias_d": ("audio_tower.ln_post.bias", "d -> d"),
+    "project_do": ("audio_tower.proj.weight", "o d -> d o"),
+    "project_bias_o": ("audio_tower.proj.bias", "o -> o"),
+}
+
+
+def names(tower: Tower) -> dict[str, tuple[str, str]]:
+    """Our weight -> (its name there, pattern) for a tower of this kind."""
+    return OMNI_NAMES if tower.chunk else NAMES
+
+
+# Marks of begin and end, which the thinker takes from its table of tokens instead.
+UNUSED = ("audio_tower.audio_bos_eos_token.weight",)
 _FIELDS = {
     "bands": "num_mel_bins",
     "num_layers": "encoder_layers",
@@ -155,11 +185,14 @@ _FIELDS = {
 
 
 def tower_from_config(raw: dict[str, Any], **changes: Any) -> Tower:
-    """The Tower that a config.json of Qwen2-Audio tells."""
-    if raw.get("model_type") != "qwen2_audio":
+    """The Tower that a config.json of Qwen2-Audio or of Qwen2.5-Omni tells."""
+    family = raw.get("model_type")
+    if family == "qwen2_5_omni":
+        raw = raw.get("thinker_config") or {}
+    elif family not in ("qwen2_audio", "qwen2_5_omni_thinker"):
         raise config.InputError(
-            f"model_type {raw.get('model_type')!r} has no tower of this kind; wanted "
-            "'qwen2_audio'"
+            f"model_type {family!r} has no tower of this kind; wanted 'qwen2_audio', "
+            "'qwen2_5_omni' or 'qwen2_5_omni_thinker'"
         )
     part = raw.get("audio_config") or {}
     act = part.get("activation_function", "gelu")
@@ -169,9 +202,15 @@ def tower_from_config(raw: dict[str, Any], **changes: Any) -> Tower:
             f"{part.get('scale_embedding')!r}; wanted 'gelu' and false"
         )
     values = {ours: part[t] for ours, t in _FIELDS.items() if part.get(t) is not None}
-    values["out_width"] = (raw.get("text_config") or {}).get("hidden_size", 4096)
-    values["audio_id"] = raw.get("audio_token_index", Tower.audio_id)
-    return config.freeze(Tower, values | changes, at="audio")
+    if family == "qwen2_audio":
+        width = (raw.get("text_config") or {}).get("hidden_size", 4096)
+        more = {"out_width": width}
+    else:
+        places = part.get("n_window", 100)
+        more = {"places": places, "out_width": part.get("output_dim", 3584)}
+        more["chunk"] = 2 * places if isinstance(places, int) else places
+    more["audio_id"] = raw.get("audio_token_index", Tower.audio_id)
+    return config.freeze(Tower, values | more | changes, at="audio")
 
 
 def load(
@@ -185,52 +224,63 @@ def load(
         raise config.InputError(f"{folder}: config.json: {error}") from None
     dtype = dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32"
     tower = tower_from_config(raw, param_dtype=dtype, compute_dtype=dtype)
-    files = {}
+    files = _files(folder)
+    table, left = names(tower), set(files) - set(UNUSED)
+
+    def read(path, p: Param):
+        name, pattern = table[".".join(part.key for part in path)]
+        stacked = "{i}" in name
+        wanted = p.shape[1:] if stacked else p.shape
+        found = []
+        for i in range(p.shape[0] if stacked else 1):
+            full = name.format(i=i)
+            left.discard(full)
+            found.append(_brought_in(files, full, pattern, wanted, tower, folder))
+        whole = np.stack(found) if stacked else found[0]
+        return jnp.asarray(whole.astype(jnp.dtype(dtype)))
+
+    weights = jax.tree_util.tree_map_with_path(
+        read, tower_params(tower), is_leaf=params_lib.is_param
+    )
+    if left:
+        raise config.InputError(
+            f"{folder}: {len(left)} tensors belong to no weight of the tower: "
+            f"{', '.join(sorted(left)[:3])}"
+        )
+    return tower, weights
+
+
+def _files(folder: pathlib.Path) -> dict[str, tuple[Any, str]]:
+    """{name of a tensor of a tower: (its file, its name in it)}."""
+    found = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             file = safetensors.safe_open(path, framework="numpy")
         except (safetensors.SafetensorError, OSError) as error:
             raise config.InputError(f"{path}: {error}") from None
-        files |= dict.fromkeys(file.keys(), file)
-    mine = {
-        n for n in files if n.startswith(("audio_tower.", "multi_modal_projector."))
-    }
+        for there in file.keys():
+            name = there.removeprefix("thinker.")
+            if name.startswith(("audio_tower.", "multi_modal_projector.")):
+                found[name] = file, there
+    return found
 
-    def read(path, p: Param):
-        name, pattern = NAMES[".".join(part.key for part in path)]
-        layers = range(p.shape[0]) if "{i}" in name else [None]
-        shape = p.shape[1:] if "{i}" in name else p.shape
-        found = []
-        for i in layers:
-            full = name.format(i=i)
-            if full not in files:
-                raise config.InputError(f"{folder}: no tensor {full!r}")
-            mine.discard(full)
-            tensor = files[full].get_tensor(full)
-            heads = {"r": tower.num_heads} if "(r k)" in pattern else {}
-            wanted = np.zeros(0)
-            if tensor.ndim == len(
-                pattern.split(" -> ")[0].replace("(r k)", "r").split()
-            ):
-                wanted = rearrange(tensor, pattern, **heads)
-            if wanted.shape != shape:
-                raise config.InputError(
-                    f"{folder}: tensor {full!r} has shape {tensor.shape}, which "
-                    "config.json tells otherwise"
-                )
-            found.append(wanted)
-        stacked = np.stack(found) if "{i}" in name else found[0]
-        return jnp.asarray(stacked.astype(jnp.dtype(dtype)))
 
-    weights = jax.tree_util.tree_map_with_path(
-        read, tower_params(tower), is_leaf=params_lib.is_param
-    )
-    if mine:
+def _brought_in(files, name, pattern, wanted, tower, folder) -> np.ndarray:
+    if name not in files:
+        raise config.InputError(f"{folder}: no tensor {name!r}")
+    file, there = files[name]
+    tensor = file.get_tensor(there)
+    heads = {"r": tower.num_heads} if "(r k)" in pattern else {}
+    try:
+        out = rearrange(tensor, pattern, **heads)
+    except EinopsError:
+        out = None
+    if out is None or out.shape != wanted:
         raise config.InputError(
-            f"{folder}: {len(mine)} tensors belong to no weight of the tower: "
-            f"{', '.join(sorted(mine)[:3])}"
+            f"{folder}: tensor {name!r} has shape {tensor.shape}, which config.json "
+            "tells otherwise"
         )
-    return tower, weights
+    return out
 
 
 # --- the function ---
@@ -278,16 +328,46 @@ def _attention(p, x_td, real_t):
     return jnp.einsum("trk,rkd->td", y_trk, p["o_lrkd"]) + p["o_bias_ld"][None]
 
 
+def sines(places: int, width: int) -> np.ndarray:
+    """[t, d]: sin(t f) for one half of d, cos(t f) for the other, f from 1 to 1e-4."""
+    inverse = np.exp(-np.log(10_000) * np.arange(width // 2) / (width // 2 - 1))
+    angle_td = np.arange(places)[:, None] * inverse[None]
+    return np.concatenate([np.sin(angle_td), np.cos(angle_td)], axis=1)
+
+
+def _chunks(tower: Tower, mels_nzt, lengths_n):
+    """Chunks [n * c, z, chunk] of sounds, silent (zero) behind their ends, and how many
+    frames of each chunk are sound."""
+    n, z, t = mels_nzt.shape
+    count = -(-t // tower.chunk)
+    mels_nzt = jnp.pad(mels_nzt, ((0, 0), (0, 0), (0, count * tower.chunk - t)))
+    chunks = mels_nzt.reshape(n, z, count, tower.chunk).transpose(0, 2, 1, 3)
+    starts_1c = jnp.arange(count)[None] * tower.chunk
+    lengths_nc = jnp.clip(lengths_n[:, None] - starts_1c, 0, tower.chunk)
+    lengths_n = lengths_nc.reshape(-1)
+    real = jnp.arange(tower.chunk)[None] < lengths_n[:, None]
+    chunks = chunks.reshape(n * count, z, tower.chunk)
+    return jnp.where(real[:, None], chunks, 0), lengths_n, real
+
+
 def encode(
     tower: Tower, p: dict[str, Any], mels_nzt: jax.Array, lengths_n: jax.Array
 ) -> jax.Array:
-    """Embeddings [n, m, o], m = places / 2; of each sound `num_tokens` count."""
-    dtype = jnp.dtype(tower.compute_dtype)
+    """Embeddings [n, m, o], a quarter of the frames; of each sound the first
+    `num_tokens` count."""
+    dtype, sounds = jnp.dtype(tower.compute_dtype), len(mels_nzt)
     p = jax.tree.map(lambda w: w.astype(dtype), p)
+    if tower.chunk:
+        mels_nzt, lengths_n, real_nt = _chunks(tower, jnp.asarray(mels_nzt), lengths_n)
     x_ntz = jnp.swapaxes(mels_nzt, 1, 2).astype(dtype)
     x_ntd = _gelu(_convolved(x_ntz, p["conv1_jzd"], p["conv1_bias_d"], 1))
+    if tower.chunk:
+        x_ntd = jnp.where(real_nt[..., None], x_ntd, 0)
+        places_td = jnp.asarray(sines(tower.places, tower.width), dtype)
+    else:
+        places_td = p["place_td"]
     x_ntd = _gelu(_convolved(x_ntd, p["conv2_jwd"], p["conv2_bias_d"], 2))
-    x_ntd = x_ntd + p["place_td"][None]
+    x_ntd = x_ntd + places_td[None]
     real_nt = jnp.arange(tower.places)[None] < ((lengths_n - 1) // 2 + 1)[:, None]
 
     def layer(x_ntd, p):
@@ -301,7 +381,7 @@ def encode(
         return x_ntd + y_ntd + p["down_bias_ld"][None, None], None
 
     x_ntd, _ = jax.lax.scan(layer, x_ntd, p["layers"])
-    pairs = x_ntd.reshape(len(x_ntd), tower.places // 2, 2, tower.width)
+    pairs = x_ntd.reshape(sounds, -1, 2, tower.width)
     x_nmd = _layer_norm(jnp.mean(pairs, axis=2), p["norm_d"], p["norm_bias_d"])
     y_nmo = jnp.einsum("nmd,do->nmo", x_nmd, p["project_do"])
     return y_nmo + p["project_bias_o"][None, None]
@@ -319,11 +399,12 @@ def check(tower: Tower, tokens_bt: Any, sounds: dict[str, Any]) -> None:
             f"sounds lack {', '.join(sorted(missing))}: wanted mels and lengths"
         )
     shape, n = np.shape(sounds["mels"]), np.shape(sounds["lengths"])
-    if shape[1:] != (tower.bands, 2 * tower.places) or n != shape[:1]:
+    frames = shape[-1] if tower.chunk and shape else 2 * tower.places
+    if shape[1:] != (tower.bands, frames) or n != shape[:1]:
         raise config.InputError(
             f"mels of shape {shape} with lengths of shape {n}: wanted [n, "
-            f"{tower.bands}, {2 * tower.places}] and [n], from data.audio with the "
-            "settings of the model's folder"
+            f"{tower.bands}, {frames}] and [n], from data.audio with the settings of "
+            "the model's folder"
         )
     known = (tokens_bt, sounds["lengths"])
     if any(isinstance(x, jax.core.Tracer) for x in known):

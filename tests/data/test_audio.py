@@ -39,7 +39,8 @@ def wav(samples, rate_hz=16_000):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"fill": False}, {"bands": 80}, {"window": 512, "hop": 200}]
+    "changes",
+    [{}, {"fill": False}, {"bands": 80}, {"window": 512, "hop": 200}, {"seconds": 5}],
 )
 def test_features_equal_the_extractor(changes):
     transformers = pytest.importorskip("transformers")
@@ -63,15 +64,24 @@ def test_features_equal_the_extractor(changes):
     np.testing.assert_allclose(
         made.arrays["mels"], np.array(wanted["input_features"]), atol=3e-4
     )
-    width = 32_000 if settings.fill else 48_000
+    width = settings.seconds * 16_000 if settings.fill else 48_000
     padded = [np.pad(x[:width], (0, max(0, width - len(x)))) for x in sounds]
     exact = theirs._np_extract_fbank_features(np.stack(padded), "cpu")
     np.testing.assert_allclose(made.arrays["mels"], exact, atol=5e-7)
-    cut = [0, 0, 0, 1.0] if settings.fill else [0] * 4
+    cut = [0, 0, 0, 1.0] if width == 32_000 else [0] * 4
     np.testing.assert_array_equal(made.cut_s, cut)
     np.testing.assert_allclose(
         made.seconds, [min(len(x), width) / 16_000 for x in sounds]
     )
+
+
+def test_trimmed_features_are_the_first_of_all():
+    sounds = [audio.Sound(voice(n), 16_000) for n in (9_000, 14_321)]
+    every = audio.features(SHORT, sounds).arrays
+    some = audio.features(dataclasses.replace(SHORT, trim=True), sounds).arrays
+    np.testing.assert_array_equal(some["lengths"], every["lengths"])
+    assert some["mels"].shape[2] == every["lengths"].max() == 90
+    np.testing.assert_array_equal(some["mels"], every["mels"][:, :, :90])
 
 
 def test_features_from_the_definition():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random Qwen2-Audio models written by transformers: same features, same logits.
+"""Tiny random models with audio written by transformers: same features, same logits.
 
 Weights are drawn here with fan-in scale, norms off one and biases off zero. Tolerances
 are four times what the reference's own float32 differs from its float64.
@@ -214,6 +214,56 @@ def test_loss_and_gradient_norms(pair):
             )
             compared += 1
     assert compared == 8 + 15 * tower.num_layers
+
+
+def test_the_tower_of_qwen2_5_omni(tmp_path):
+    """Chunks of 12 frames; sounds that end inside one, at its end, and behind one."""
+    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as theirs
+
+    made = transformers.Qwen2_5OmniThinkerConfig(
+        audio_config={
+            "num_mel_bins": 10,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 40,
+            "d_model": 16,
+            "n_window": 6,
+            "output_dim": 32,
+            "max_source_positions": 20,
+        },
+        audio_token_index=AUDIO,
+    )
+    torch.manual_seed(0)
+    made.audio_config._attn_implementation = "eager"
+    reference = theirs.Qwen2_5OmniAudioEncoder(made.audio_config).eval()
+    with torch.no_grad():
+        for weight in reference.parameters():
+            fan = 10 if weight.ndim == 1 else weight[0].numel()
+            weight.copy_(torch.randn_like(weight) * fan**-0.5)
+    named = {f"thinker.audio_tower.{k}": v for k, v in reference.state_dict().items()}
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    safetensors_torch.save_file(named, tmp_path / "model.safetensors")
+    raw = {"model_type": "qwen2_5_omni", "thinker_config": made.to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    tower, heard = audio.load(tmp_path, dtype="float32")
+    assert (tower.chunk, tower.places, tower.out_width) == (12, 6, 32)
+    assert tower.audio_id == AUDIO
+    lengths = np.array([40, 7, 24, 25, 3, 12])
+    values = np.random.default_rng(0).standard_normal((6, 10, 40)).astype(np.float32)
+    got = jax.jit(lambda p, x: audio.encode(tower, p, x, lengths))(heard, values)
+    joined = [x[:, :n] for x, n in zip(values, lengths, strict=True)]
+    with torch.no_grad():
+        wanted = reference(
+            torch.tensor(np.concatenate(joined, axis=1)),
+            feature_lens=torch.tensor(lengths),
+        ).last_hidden_state.numpy()
+    start = 0
+    for mine, length in zip(got, lengths, strict=True):
+        count = audio.num_tokens(length)
+        their = wanted[start : start + count]
+        np.testing.assert_allclose(mine[:count], their, atol=1e-5, err_msg=length)
+        start += count
+    assert start == len(wanted) and wanted.std() > 0.3
 
 
 # --- bad input ---
