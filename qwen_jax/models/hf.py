@@ -33,6 +33,7 @@ from qwen_jax.models import spec as spec_lib
 IGNORED = ("rotary_emb.inv_freq",)
 # Parts of published models that the text model does without; counted, never silent.
 OTHER_PARTS = ("mtp.", "model.visual.", "visual.")
+OTHER_PARTS += ("audio_tower.", "multi_modal_projector.")
 
 
 class _Tensors:
@@ -60,6 +61,7 @@ class _Tensors:
             for there in handle.keys():
                 # The text part of a vision-language model has a prefix of its own.
                 name = there.replace("model.language_model.", "model.", 1)
+                name = name.removeprefix("language_model.")  # as in Qwen2-Audio
                 if name in self._where:
                     raise config.InputError(
                         f"tensor {name!r} is in {self._where[name][0].name} and in "

@@ -68,6 +68,17 @@ REQUIRED = (
 )
 
 
+# What the published file leaves to the defaults of its text part's class.
+_QWEN2_AUDIO = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 22_016,
+    "vocab_size": 151_936,
+}
+
+
 def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
     """The Spec of a published config.json.
 
@@ -75,10 +86,13 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
       config.InputError: an architecture or option this decoder does not have.
     """
     if isinstance(raw.get("text_config"), dict):  # the text part of a larger model
+        known = _QWEN2_AUDIO if raw.get("model_type") == "qwen2_audio" else {}
         whole = ("tie_word_embeddings", "architectures", "pad_token_id")
-        raw = {k: raw.get(k) for k in whole} | {
-            k: v for k, v in raw["text_config"].items() if v is not None
-        }
+        raw = (
+            known
+            | {k: raw.get(k) for k in whole}
+            | {k: v for k, v in raw["text_config"].items() if v is not None}
+        )
     family = raw.get("model_type", "").removesuffix("_text")
     if family not in FAMILIES:
         raise config.InputError(
