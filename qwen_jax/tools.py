@@ -20,7 +20,7 @@ import jax
 from qwen_jax import checks, config, experiment, export, main, mesh, models, params
 from qwen_jax.checkpoint import manager
 from qwen_jax.data import corpus, loader, preview, source, tokenizer
-from qwen_jax.models import decode, decoder
+from qwen_jax.models import decode, decoder, sampling
 from qwen_jax.models import spec as spec_lib
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -65,9 +65,12 @@ def generate(args: argparse.Namespace) -> int:
         decoder.unstacked(spec, weights) if spec.num_layers <= 12 else weights,
         ids,
         max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        key=jax.random.key(args.seed),
+        sampling=[
+            sampling.Sampling(
+                temperature=args.temperature, top_p=args.top_p, seed=args.seed + i
+            )
+            for i in range(len(ids))
+        ],
     )
     for prompt, tokens in zip(prompts, new, strict=True):
         text = vocabulary.decode(tokens)
