@@ -5,8 +5,8 @@ For samples during training, `qwen-jax generate` and `chat`, and tests; a server
 another matter. `generate` pads prompts on the left, so that all rows write the same
 slot, and compiles one loop for a (rows, prompt bucket, new tokens) shape. `stream`
 gives ids of one row as they come: prefill in pieces of PIECES tokens, then a compiled
-loop over a few tokens at a time. `Kept` holds the cache between answers, so that a prompt
-that goes on from the last one costs only what is new.
+loop over a few tokens at a time. `Kept` holds the cache between answers, so that a
+prompt that goes on from the last one costs only what is new.
 
 Shapes: prompts are lists of ids; the result is a list of lists of new ids, cut before
 the first stop id. How a token is chosen: `sampling`.
