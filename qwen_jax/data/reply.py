@@ -72,18 +72,34 @@ class _Malformed(ValueError):
     """Why a call cannot be read."""
 
 
-def parse(text: str, *, thinks: bool = False, tools: Sequence[Mapping] = ()) -> Reply:
+def parse(
+    text: str,
+    *,
+    thinks: bool = False,
+    tools: Sequence[Mapping] = (),
+    calls: bool = True,
+) -> Reply:
     """The parts of an answer.
 
     Args:
       text: the answer without its end mark.
       thinks: the prompt ended inside a <think> block (`chat.Prompt.thinks`).
       tools: JSON schemas, for the types of parameters.
+      calls: look for tool calls; without, they are content.
     """
     thinking, content, finished = _thinking(text, thinks)
     if not finished:
         return Reply("", thinking, finished_thinking=False)
-    types = _types(tools)
+    if not calls:
+        return Reply(content, thinking)
+    content, found, problems = _calls(content, _types(tools))
+    return Reply(content, thinking, tuple(found), tuple(problems))
+
+
+def _calls(
+    content: str, types: dict[str, dict[str, Any]]
+) -> tuple[str, list[Call], list[str]]:
+    """(content without the calls, calls, what is wrong with others)."""
     kept, calls, problems, at = [], [], [], 0
     while True:
         start = content.find(OPEN, at)
@@ -104,8 +120,7 @@ def parse(text: str, *, thinks: bool = False, tools: Sequence[Mapping] = ()) -> 
             "too many calls that cannot be read: the rest was not looked at"
         )
     kept.append(content[at:].strip() if calls and not problems else content[at:])
-    content = "".join(kept)
-    return Reply(content, thinking, tuple(calls), tuple(problems))
+    return "".join(kept), calls, problems
 
 
 def _thinking(text: str, thinks: bool) -> tuple[str, str, bool]:
