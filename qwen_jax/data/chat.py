@@ -54,6 +54,8 @@ SETTINGS = {
 }
 MAX_SETTING = 256  # letters
 PRIVATE = range(0xE000, 0xF900)
+_PRIVATE = re.compile(f"[{chr(PRIVATE[0])}-{chr(PRIVATE[-1])}]")
+_ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
@@ -179,15 +181,23 @@ def _render(
     if tools is not None:
         check_tools(tools)
     source = template.source(tools)
-    guard = _Guard(specials, [messages, tools, settings, source])
-    variables = {
-        **template.tokens,
-        **guard.value(settings),
-        "messages": [guard.message(message) for message in messages],
-        "tools": guard.value(tools),
-        "documents": None,
-        "add_generation_prompt": bool(add_generation_prompt),
-    }
+    try:
+        guard = _Guard(specials, [messages, tools, settings, source])
+        variables = {
+            **template.tokens,
+            **guard.value(settings),
+            "messages": [guard.message(message) for message in messages],
+            "tools": guard.value(tools),
+            "documents": None,
+            "add_generation_prompt": bool(add_generation_prompt),
+        }
+    except (RecursionError, TypeError, ValueError) as error:
+        if isinstance(error, config.InputError):
+            raise
+        raise config.InputError(
+            f"messages or tools cannot be written as JSON ({error}); wanted dicts with "
+            "texts for keys, lists, texts and numbers, not nested hundreds deep"
+        ) from error
     text = (sandbox or sandbox_lib.shared()).render(source, variables)
     return text, guard.back
 
@@ -286,9 +296,9 @@ class _Guard:
     def _unused(request: Any):
         """Private characters that are not in the request, escaped or not."""
         text = json.dumps(request, ensure_ascii=False, default=str)
-        for point in PRIVATE:
-            if chr(point) not in text and f"\\u{point:04x}" not in text.lower():
-                yield chr(point)
+        used = {ord(found) for found in _PRIVATE.findall(text)}
+        used |= {int(found, 16) for found in _ESCAPED.findall(text)}
+        return (chr(point) for point in PRIVATE if point not in used)
 
     def _for(self, letter: str) -> str:
         if letter not in self._stand_ins:

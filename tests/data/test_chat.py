@@ -413,6 +413,26 @@ def test_a_request_that_is_too_large_is_not_sent(box):
     assert len(box.render("{{ x }}", {"x": "é" * 2**20})) == 2**20
 
 
+def nested(depth):
+    made = []
+    for _ in range(depth):
+        made = [made]
+    return made
+
+
+def test_all_private_characters_are_taken(words, box):
+    """A request cannot leave none for stand-ins, nor make the search for one long."""
+    every = "".join(map(chr, chat.PRIVATE))
+    begun = time.process_time()
+    with pytest.raises(config.InputError, match="all private-use characters"):
+        talk = [{"role": "user", "content": f"<{every}" + "a" * 10**6}]
+        chat.encode(words, template("x"), talk, sandbox=box)
+    assert time.process_time() - begun < 2
+    talk = [{"role": "user", "content": f"<{every[:-2]}|"}]
+    got = chat.encode(words, template("{{ messages[0].content }}"), talk, sandbox=box)
+    assert got.text == f"<{every[:-2]}|"
+
+
 @pytest.mark.parametrize(
     ("messages", "how", "told"),
     [
@@ -427,6 +447,9 @@ def test_a_request_that_is_too_large_is_not_sent(box):
         (PLAIN, {"tools": WEATHER}, "tools: wanted a list"),
         (PLAIN, {"tools": [{"name": 3}]}, r"tools\[0\]"),
         (PLAIN, {"tools": [WEATHER, WEATHER]}, "a second tool named 'weather'"),
+        ([{"role": "user", "content": "x", "deep": nested(5000)}], {}, "hundreds deep"),
+        ([{"role": "user", "content": "x", ("a", 1): 1}], {}, "texts for keys"),
+        (PLAIN, {"tools": [{"name": "f", "p": nested(5000)}]}, "hundreds deep"),
         (PLAIN, {"chat_template": "x"}, "template setting 'chat_template'"),
         (PLAIN, {"tokenize": True}, "template setting 'tokenize'"),
         (PLAIN, {"enable_thinking": "no"}, "enable_thinking='no': wanted bool"),

@@ -218,10 +218,14 @@ SPEC = spec_lib.Spec(
     ffn_width=48,
     max_positions=600,
     init_std=0.3,
+    window=6,
+    full_layers=1,
 )
 HYBRID = dataclasses.replace(
     SPEC,
     family="qwen3_next",
+    window=0,
+    full_layers=0,
     mixers=("delta", "attention"),
     delta=spec_lib.Delta(2, 4, 8, 8),
 )
