@@ -190,6 +190,11 @@ class Talk:
         if max_tokens < 1:
             raise config.InputError(f"max_tokens={max_tokens}: wanted at least 1")
         self.model, self.template = model, model.chat_template()
+        if tools and "tools" not in self.template.source(tools):
+            raise config.InputError(
+                f"the chat template ({self.template.origin}) knows no tools: leave "
+                "--tools out, or take a model that was trained with tools"
+            )
         self.tools, self.settings = tools, dict(settings or {})
         self.sampling = sampling or sampling_lib.Sampling()
         self.max_tokens, self.stops = max_tokens, tuple(stops)

@@ -62,6 +62,8 @@ def chat(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         stops=args.stop,
     )
+    if settings and "enable_thinking" not in conversation.template.source(schemas):
+        _note("note: the chat template cannot switch thinking; --thinking does nothing")
     count = params.count(model.params)
     _note(
         f"{args.model}: {model.spec.family}, {count:,} weights; template: "

@@ -355,6 +355,16 @@ def test_tools_are_asked_for_and_their_results_read(
     assert odd["content"] == '<tool_call>\n{"name": 3}\n</tool_call>'
 
 
+def test_templates_that_know_no_tools_or_thinking(say, folder, script, tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
+    flags = [f"--tools={tmp_path / 'tools.json'}"]
+    _, err = say(folder, "hi", flags=flags, code=2)
+    assert "the chat template (the model's folder) knows no tools: leave" in err
+    script("yes")
+    out, err = say(folder, "hi", flags=["--thinking=on"])
+    assert out == "yes\n" and "cannot switch thinking; --thinking does nothing" in err
+
+
 def test_tool_calls_without_tools_are_text(say, folder, script, tmp_path):
     text = 'x <tool_call>{"name": "f", "arguments": {}}</tool_call>'
     script(text)
