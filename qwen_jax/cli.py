@@ -57,6 +57,7 @@ def parser() -> Parser:
     verbs = top.add_subparsers(dest="verb", metavar="COMMAND", parser_class=Parser)
     _add_run(verbs)
     _add_generate(verbs)
+    _add_chat(verbs)
     _add_data(verbs)
     _add_report(verbs)
     _add_convert(verbs)
@@ -127,12 +128,51 @@ def _add_generate(verbs: Any) -> None:
     add(
         "--prompt_file", default="", metavar="FILE", help="one prompt a line; - = stdin"
     )
+    add("--chat", action="store_true", help="each prompt is a user's message")
     add("--max_tokens", type=int, default=64)
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    add("--top_p", type=float, default=1.0)
-    add("--seed", type=int, default=0)
-    add("--dtype", default="float32", help="float32 or bfloat16")
+    _add_sampling(add)
     add("--json", action="store_true", help="one JSON object a line")
+
+
+def _add_chat(verbs: Any) -> None:
+    chat = verbs.add_parser(
+        "chat",
+        help="talk with a model folder, in a terminal or through a pipe",
+        description="One line is one turn; answers come as they are made. /help tells "
+        "the commands. Through a pipe, standard output has the answers alone.",
+        allow_abbrev=False,
+    )
+    add = chat.add_argument
+    add("--model", required=True, metavar="DIR", help="a Hugging Face model folder")
+    add("--system", default="", metavar="TEXT", help="the system message")
+    add(
+        "--thinking",
+        choices=("on", "off"),
+        help="for templates that can switch it; default: as the template has it",
+    )
+    add("--tools", default="", metavar="FILE", help="JSON schemas of tools, a list")
+    add("--max_tokens", type=int, default=2048, help="of one answer (default: 2048)")
+    _add_sampling(add)
+
+
+def _add_sampling(add: Any) -> None:
+    """Flags on how tokens are chosen; None where generation_config.json decides."""
+    add("--temperature", type=float, help="0 takes the likeliest token")
+    add("--top_k", type=int, metavar="N", help="of the N likeliest tokens (0: of all)")
+    add("--top_p", type=float, help="of the likeliest that together reach this share")
+    add("--min_p", type=float, help="of those at least this share of the likeliest")
+    add(
+        "--repetition_penalty", type=float, help="above 1 avoids tokens that were there"
+    )
+    add("--seed", type=int, default=0)
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="the answer ends before TEXT; may be repeated",
+    )
+    add("--dtype", default="float32", help="float32 or bfloat16")
 
 
 def _add_data(verbs: Any) -> None:
@@ -304,6 +344,11 @@ def _generate(args: argparse.Namespace, _: Any) -> int:
     return _load("tools").generate(args)
 
 
+def _chat(args: argparse.Namespace, _: Any) -> int:
+    _with_huge_pages()
+    return _load("terminal").chat(args)
+
+
 def _data(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     return _load("tools").preview_data(args, overrides)
 
@@ -323,6 +368,7 @@ def _doctor(args: argparse.Namespace, _: Any) -> int:
 VERBS = {
     "run": _run,
     "generate": _generate,
+    "chat": _chat,
     "data": _data,
     "report": _report,
     "convert": _convert,

@@ -35,7 +35,7 @@ from qwen_jax.checkpoint import agree, manager, timing
 from qwen_jax.data import corpus, loader, tokenizer
 from qwen_jax.eval import perplexity
 from qwen_jax.fault import signals
-from qwen_jax.models import decode, flops
+from qwen_jax.models import decode, flops, sampling
 from qwen_jax.optim import schedules
 from qwen_jax.plan import chips
 from qwen_jax.train import loop, state, step
@@ -306,26 +306,28 @@ class Session:
 
     def sample(self, number: int, weights: Any) -> None:
         """Continue the prompts and print what came."""
-        sampling = self.exp.sample
+        wanted = self.exp.sample
+        seed = rng.seed_for(self.exp.seed, f"sample/{number}")
         ids = [
             [self.vocabulary.eos_id, *self.vocabulary.encode(text)]
-            for text in sampling.prompts
+            for text in wanted.prompts
         ]
         spec = dataclasses.replace(self.exp.model, eos_ids=(self.vocabulary.eos_id,))
         new = decode.generate(
             spec,
             weights,
             ids,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=0.95,
-            key=rng.key_for(self.exp.seed, "sample", number),
+            max_tokens=wanted.max_tokens,
+            sampling=[
+                sampling.Sampling(wanted.temperature, top_p=0.95, seed=seed + i)
+                for i in range(len(ids))
+            ],
             rules=self.exp.rules,
         )
         if not self.primary:
             return
         lines = ""
-        for prompt, tokens in zip(sampling.prompts, new, strict=True):
+        for prompt, tokens in zip(wanted.prompts, new, strict=True):
             text = self.vocabulary.decode(tokens)
             row = {"step": number, "prompt": prompt, "text": text}
             lines += json.dumps(row) + "\n"

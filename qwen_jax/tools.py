@@ -17,67 +17,100 @@ from typing import Any
 
 import jax
 
-from qwen_jax import checks, config, experiment, export, main, mesh, models, params
+from qwen_jax import (
+    checks,
+    config,
+    experiment,
+    export,
+    main,
+    mesh,
+    models,
+    params,
+    talk,
+)
 from qwen_jax.checkpoint import manager
-from qwen_jax.data import corpus, loader, preview, source, tokenizer
+from qwen_jax.data import chat, corpus, loader, preview, reply, source, tokenizer
 from qwen_jax.models import decode, decoder, gguf
 from qwen_jax.models import spec as spec_lib
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
+    """Refuse a --dtype that is none.
+
+    Raises:
+      config.InputError: naming the nearest.
+    """
     if dtype not in DTYPES:
         raise config.InputError(f"--dtype {dtype!r}{config.nearest(dtype, DTYPES)}")
 
 
+def sampling_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of sampling as the command line has them, None where it has not."""
+    return {name: getattr(args, name) for name in (*talk.ADVISED, "seed")}
+
+
 def generate(args: argparse.Namespace) -> int:
-    """`qwen-jax generate`: continuations on standard output."""
-    _check_dtype(args.dtype)
+    """`qwen-jax generate`: continuations on standard output, with --chat answers."""
+    check_dtype(args.dtype)
+    reply.check_stops(args.stop)
     prompts = list(args.prompt)
     if args.prompt_file:
         prompts += _lines(args.prompt_file)
     if not prompts:
         raise config.InputError("nothing to continue: give --prompt TEXT (repeatable)")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise config.InputError(
-            f"--temperature {args.temperature} must be at least 0, --top_p "
-            f"{args.top_p} above 0 and at most 1"
-        )
-    folder = pathlib.Path(args.model)
-    if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
-        raise config.InputError(
-            f"{folder} is a run folder: give --model {folder}/export, or make a model "
-            f"of its newest checkpoint with `qwen-jax convert {folder} DIR`"
-        )
     main.use_compile_cache()
-    spec, weights = models.load(folder, dtype=args.dtype)
-    is_gguf = gguf.is_gguf(folder)
-    vocabulary = gguf.tokenizer(folder) if is_gguf else tokenizer.load(folder)
-    if not spec.eos_ids:
-        spec = dataclasses.replace(spec, eos_ids=(vocabulary.eos_id,))
-    # A model trained here begins every document with its end id; published ones say it
-    # where they need one, and an empty prompt has nothing else to begin with.
-    begin = vocabulary.settings.get("add_bos_token", spec.bos_id == vocabulary.eos_id)
-    begins = [spec.bos_id] if begin and spec.bos_id is not None else []
-    ids = [begins + vocabulary.encode(text, allow_special=True) for text in prompts]
-    ids = [one or [vocabulary.eos_id] for one in ids]
+    model = talk.load_model(args.model, args.dtype)
+    flags = sampling_flags(args)
+    wish = talk.wishes(flags, model)
+    if told := talk.told_wishes(flags, model):
+        print(told, file=sys.stderr)
+    ids, thinks = _prompt_ids(model, prompts, args.chat)
+    ends = model.tokenizer.stop_ids if args.chat else ()
     new = decode.generate(
-        spec,
-        decoder.unstacked(spec, weights) if spec.num_layers <= 12 else weights,
+        model.spec,
+        model.params,
         ids,
         max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        key=jax.random.key(args.seed),
+        sampling=[
+            dataclasses.replace(wish, seed=(wish.seed + i) % 2**64)
+            for i in range(len(ids))
+        ],
+        stop_ids=tuple(dict.fromkeys((*model.stop_ids, *ends))),
     )
-    for prompt, tokens in zip(prompts, new, strict=True):
-        text = vocabulary.decode(tokens)
+    for i, (prompt, tokens) in enumerate(zip(prompts, new, strict=True)):
+        text = model.tokenizer.decode(tokens, skip_special=args.chat)
+        text = reply.cut(text, args.stop)
+        row = {"prompt": prompt, "text": text, "tokens": len(tokens)}
+        if args.chat:
+            parts = reply.parse(text, thinks=thinks[i], calls=False)
+            row |= {"text": parts.content, "thinking": parts.thinking}
         if args.json:
-            print(json.dumps({"prompt": prompt, "text": text, "tokens": len(tokens)}))
+            print(json.dumps(row))
         else:
-            print(prompt + text)
+            print(row["text"] if args.chat else prompt + text)
     return 0
+
+
+def _prompt_ids(
+    model: talk.Model, prompts: list[str], as_chat: bool
+) -> tuple[list[list[int]], list[bool]]:
+    """(ids of each prompt, whether it ends inside thinking)."""
+    if as_chat:
+        template = model.chat_template()
+        made = [
+            chat.encode(model.tokenizer, template, [{"role": "user", "content": text}])
+            for text in prompts
+        ]
+        return [one.ids for one in made], [one.thinks for one in made]
+    # A model trained here begins every document with its end id; published ones say it
+    # where they need one, and an empty prompt has nothing else to begin with.
+    end, bos = model.tokenizer.eos_id, model.spec.bos_id
+    begin = model.tokenizer.settings.get("add_bos_token", bos == end)
+    begins = [bos] if begin and bos is not None else []
+    ids = [begins + model.tokenizer.encode(x, allow_special=True) for x in prompts]
+    return [one or [end] for one in ids], [False] * len(ids)
 
 
 def _lines(path: str) -> list[str]:
@@ -125,7 +158,7 @@ def preview_data(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
 def convert(args: argparse.Namespace) -> int:
     """`qwen-jax convert`: a run, model folder or GGUF file -> a Hugging Face folder."""
     if args.dtype:
-        _check_dtype(args.dtype)
+        check_dtype(args.dtype)
     origin, target = pathlib.Path(args.source), pathlib.Path(args.target)
     if target.resolve() == origin.resolve():
         raise config.InputError(f"{target} is the source itself: name another folder")

@@ -48,6 +48,7 @@ def refused(call, *words):
         ([], "COMMAND"),
         (["run"], "--takeover"),
         (["generate"], "--prompt_file"),
+        (["chat"], "--thinking"),
         (["data"], "preview"),
         (["data", "preview"], "--rows"),
         (["report"], "--out"),
@@ -94,7 +95,7 @@ def test_a_mistake_is_told_without_loading_what_the_verb_would_need():
     "words, told",
     [
         (["rnu"], "unknown command 'rnu'; did you mean 'run'?"),
-        (["zzz"], "unknown command 'zzz'; known: bench, convert, data, doctor, gen"),
+        (["zzz"], "unknown command 'zzz'; known: bench, chat, convert, data, doct"),
         (["data", "preveiw"], "unknown command 'preveiw'; did you mean 'preview'?"),
         (["data"], "required: COMMAND (qwen-jax data --help"),
         (["bench", "trian"], "unknown bench 'trian'; did you mean 'train'?"),

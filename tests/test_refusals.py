@@ -398,8 +398,11 @@ def test_a_model_to_begin_with_that_has_no_tokenizer(
     [
         (["--prompt=x", "--dtype=flaot32"], "--dtype 'flaot32'; did you mean 'float32"),
         ([], "nothing to continue: give --prompt TEXT"),
-        (["--prompt=x", "--top_p=0"], "--top_p 0.0 above 0 and at most 1"),
-        (["--prompt=x", "--temperature=-1"], "--temperature -1.0 must be at least 0"),
+        (["--prompt=x", "--top_p=0"], "--top_p=0.0: wanted a number above 0"),
+        (["--prompt=x", "--temperature=-1"], "--temperature=-1.0: wanted a number"),
+        (["--prompt=x", "--top_k=-7"], "--top_k=-7: wanted a whole number, 0 for all"),
+        (["--prompt=x", f"--seed={2**70}"], "--seed=1180591620717411303424: wanted a"),
+        (["--prompt=x", "--stop="], "stop text '': wanted 1 to 256 letters"),
         (["--prompt=x", "--max_tokens=0"], "max_tokens=0: wanted at least 1"),
         (["--prompt=x", "--max_tokens=999"], "pass the model's 128 positions; shorten"),
         (["--prompt_file=/nowhere"], "--prompt_file /nowhere: No such file or dir"),

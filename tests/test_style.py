@@ -25,7 +25,8 @@ ORDER = [
     *[(name,) for name in ("checkpoint", "fault", "serve", "platform")],
     ("report", "doctor"),
     # main and its neighbours, which may import everything above and each other
-    ("experiment", "prepare", "checks", "export", "session", "main", "dryrun", "tools"),
+    ("experiment", "prepare", "checks", "export", "session", "main", "dryrun")
+    + ("talk", "tools", "terminal"),
     ("bench",),  # measures whole runs too
     ("cli",),
     ("__main__",),

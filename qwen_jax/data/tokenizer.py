@@ -18,6 +18,7 @@ vocab_size is the largest id + 1; token_bytes sums to the UTF-8 length of a text
 Raises: InputError for a missing or unsupported file, or a vocab_size that is too small.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -186,8 +187,9 @@ class Tokenizer:
         )
 
     @property
-    def chat_template(self) -> str | None:
-        """The Jinja chat template: the file's, else ChatML where it has the marks."""
+    def chat_template(self) -> str | list[dict[str, str]] | None:
+        """The Jinja chat template: the folder's (a text, or a list of {"name",
+        "template"}), else ChatML where the vocabulary has the marks."""
         own = self.settings.get("chat_template")
         return own or (vocabulary.CHATML if self.im_start_id is not None else None)
 
@@ -225,6 +227,22 @@ class Tokenizer:
             whole.replace(folder / name)
 
 
+class Detokenizer:
+    """Text of ids as they come, never half a letter; equal to `decode` of them all."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False):
+        self._tokenizer, self._skip = tokenizer, skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The letters that are whole with these ids."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids, self._skip))
+
+    def end(self) -> str:
+        """What is left: a replacement letter for one that stayed half."""
+        return self._decoder.decode(b"", final=True)
+
+
 def load(path: str | os.PathLike) -> Tokenizer:
     """A Tokenizer from tokenizer.json, a folder that has one, or a .tiktoken file."""
     path = pathlib.Path(path)
@@ -239,9 +257,9 @@ def load(path: str | os.PathLike) -> Tokenizer:
     document = _read_json(file)
     settings_file = file.with_name("tokenizer_config.json")
     settings = _read_json(settings_file) if settings_file.is_file() else {}
-    template = file.with_name("chat_template.jinja")
-    if template.is_file() and not settings.get("chat_template"):
-        settings["chat_template"] = template.read_text(encoding="utf-8")
+    templates = _template_files(file.parent)
+    if templates:  # they go before what the settings say, as in transformers
+        settings["chat_template"] = templates
     model = document.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         kind = model.get("type") if isinstance(model, dict) else None
@@ -341,6 +359,23 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise config.InputError(f"{path}: wanted a JSON object")
     return content
+
+
+def _template_files(folder: pathlib.Path) -> str | list[dict[str, str]] | None:
+    """The templates that stand in files of their own: one text, or several by name."""
+    paths = {"default": folder / "chat_template.jinja"}
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    paths |= {path.stem: path for path in more}
+    texts = {}
+    for name, path in paths.items():
+        if path.is_file():
+            try:
+                texts[name] = path.read_text(encoding="utf-8")
+            except ValueError as error:
+                raise config.InputError(f"{path}: it is not UTF-8 text") from error
+    if list(texts) == ["default"]:
+        return texts["default"]
+    return [{"name": name, "template": text} for name, text in texts.items()] or None
 
 
 def _without_surrogates(text: str) -> str:

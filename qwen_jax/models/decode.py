@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text from a model, a few prompts at a time: prefill, then one token a step.
+"""Text from a model: a few prompts at once, or one answer token by token.
 
-For samples during training, `qwen-jax generate` and tests. Prompts are padded on the
-left, so that all rows write the same slot; the loop over new tokens is compiled once
-for a (rows, prompt bucket, new tokens) shape. A server is another matter.
+For samples during training, `qwen-jax generate` and `chat`, and tests; a server is
+another matter. `generate` pads prompts on the left, so that all rows write the same
+slot, and compiles one loop for a (rows, prompt bucket, new tokens) shape. `stream`
+gives ids of one row as they come: prefill in pieces of PIECES tokens, then a compiled
+loop over a few tokens at a time. `Kept` holds the cache between answers, so that a
+prompt that goes on from the last one costs only what is new.
 
-Shapes: prompts are lists of ids; the result is a list of lists of new ids, cut after
-the first end id. Temperature 0 takes the most likely token; top_p keeps the smallest
-set of tokens whose probability reaches it.
-Invariants: with temperature 0 the ids do not depend on the other prompts.
+Shapes: prompts are lists of ids; the result is a list of lists of new ids, cut before
+the first stop id. How a token is chosen: `sampling`.
+Invariants: a row's ids do not depend on the other rows; `stream` gives `generate`'s ids
+(both up to rounding of the logits). A `Kept` lists exactly the ids its cache holds.
 Raises: config.InputError for an empty prompt or one that does not fit the model.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,9 +27,13 @@ import numpy as np
 from qwen_jax import config, mesh
 from qwen_jax.models import cache as cache_lib
 from qwen_jax.models import decoder
+from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.models import spec as spec_lib
 
 BUCKET = 64  # prompts are padded to a multiple, so few shapes are compiled
+PIECES = (256, 64, 16)  # a prompt in `stream`: whole pieces, then one that is padded
+FIRST_SLOTS = 256  # of a `Kept`; doubled when they are full
+CHUNK = 8  # most tokens of one compiled call in `stream`
 
 
 def generate(
@@ -34,9 +42,8 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    key: jax.Array | None = None,
+    sampling: sampling_lib.Sampling | Sequence[sampling_lib.Sampling] | None = None,
+    stop_ids: Sequence[int] | None = None,
     rules: mesh.Rules | None = None,
 ) -> list[list[int]]:
     """New token ids of each prompt.
@@ -46,9 +53,8 @@ def generate(
       params: its weights, stacked or `decoder.unstacked`.
       prompts: ids of each prompt, at least one each.
       max_tokens: most new tokens.
-      temperature: 0 is greedy.
-      top_p: nucleus share.
-      key: random key, wanted when temperature > 0.
+      sampling: for all prompts or for each; None is greedy.
+      stop_ids: ids that end an answer; None for the model's `eos_ids`.
       rules: dims -> mesh axes.
     Raises:
       config.InputError: no prompts, an empty prompt, ids outside the vocabulary, more
@@ -56,21 +62,26 @@ def generate(
     """
     rules = rules or mesh.Rules()
     tokens_bt, segments_bt = rows_of(spec, prompts, max_tokens, rules)
-    key = jax.random.key(0) if key is None else key
+    wishes = _each(sampling, len(prompts))
+    stop_ids = tuple(spec.eos_ids if stop_ids is None else stop_ids)
+    filled = [i % len(prompts) for i in range(len(tokens_bt))]
+    seen_bv = None
+    if any(one.repetition_penalty != 1 for one in wishes):
+        seen_bv = sampling_lib.seen_ids([prompts[i] for i in filled], spec.vocab_size)
     new_bt = np.asarray(
         _generate(
             params,
             tokens_bt,
             segments_bt,
-            key,
-            jnp.float32(temperature),
-            jnp.float32(top_p),
+            seen_bv,
+            sampling_lib.stack([wishes[i] for i in filled]),
             spec=spec,
             max_tokens=max_tokens,
+            stop_ids=stop_ids,
             rules=rules,
         )
     )
-    return [until(list(map(int, row)), spec.eos_ids) for row in new_bt[: len(prompts)]]
+    return [until(list(map(int, row)), stop_ids) for row in new_bt[: len(prompts)]]
 
 
 def rows_of(
@@ -80,7 +91,29 @@ def rows_of(
     rules: mesh.Rules,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens_bt, segments_bt) of prompts padded on the left, as many rows as the mesh
-    divides; refuses what `generate` refuses."""
+    divides (the first prompts again); refuses what `generate` refuses."""
+    check(spec, prompts, max_tokens)
+    longest = max(len(p) for p in prompts)
+    bucket = -(-longest // BUCKET) * BUCKET
+    ways = mesh.axis_size(rules.batch)
+    rows = -(-len(prompts) // ways) * ways
+    tokens_bt = np.zeros((rows, bucket), np.int32)
+    segments_bt = np.zeros((rows, bucket), np.int32)
+    for i in range(rows):
+        prompt = prompts[i % len(prompts)]
+        tokens_bt[i, bucket - len(prompt) :] = prompt
+        segments_bt[i, bucket - len(prompt) :] = 1
+    return tokens_bt, segments_bt
+
+
+def check(
+    spec: spec_lib.Spec, prompts: Sequence[Sequence[int]], max_tokens: int
+) -> None:
+    """Refuse prompts that the model cannot take.
+
+    Raises:
+      config.InputError: see `generate`.
+    """
     longest = max((len(p) for p in prompts), default=0)
     if not prompts or min(len(p) for p in prompts) == 0:
         raise config.InputError("a prompt is empty: give at least one token")
@@ -98,16 +131,18 @@ def rows_of(
             f"a prompt holds id {wrong[0]}, the model's ids are 0 to "
             f"{spec.vocab_size - 1}: the tokenizer is not this model's"
         )
-    bucket = -(-longest // BUCKET) * BUCKET
-    ways = mesh.axis_size(rules.batch)
-    rows = -(-len(prompts) // ways) * ways
-    tokens_bt = np.zeros((rows, bucket), np.int32)
-    segments_bt = np.zeros((rows, bucket), np.int32)
-    for i in range(rows):
-        prompt = prompts[i % len(prompts)]
-        tokens_bt[i, bucket - len(prompt) :] = prompt
-        segments_bt[i, bucket - len(prompt) :] = 1
-    return tokens_bt, segments_bt
+
+
+def _each(sampling: Any, count: int) -> list[sampling_lib.Sampling]:
+    """Settings of each of `count` rows."""
+    if sampling is None or isinstance(sampling, sampling_lib.Sampling):
+        return [sampling or sampling_lib.Sampling()] * count
+    if len(sampling) != count:
+        raise config.InputError(
+            f"{len(sampling)} settings of sampling for {count} prompts: give one, or "
+            "one for each"
+        )
+    return list(sampling)
 
 
 def until(ids: list[int], ends: tuple[int, ...]) -> list[int]:
@@ -118,31 +153,29 @@ def until(ids: list[int], ends: tuple[int, ...]) -> list[int]:
     return ids
 
 
-def cut(logits_bv, temperature, top_p):
-    """Logits over the temperature, -inf outside of the nucleus."""
-    scaled_bv = logits_bv / jnp.maximum(temperature, 1e-6)
-    order_bv = jnp.sort(scaled_bv, axis=-1, descending=True)
-    share_bv = jnp.cumsum(jax.nn.softmax(order_bv, axis=-1), axis=-1)
-    # Keep a token if what stands before it has not reached top_p yet.
-    before_bv = jnp.pad(share_bv, [(0, 0), (1, 0)])[:, :-1]
-    kept_bv = jnp.where(before_bv < top_p, order_bv, jnp.inf)
-    floor_b1 = jnp.min(kept_bv, axis=-1, keepdims=True)
-    return jnp.where(scaled_bv >= floor_b1, scaled_bv, -jnp.inf)
+def _stops(token_b, stop_ids):
+    """Which rows' tokens end them."""
+    stops_b = jnp.zeros(token_b.shape, bool)
+    for stop in stop_ids:
+        stops_b |= token_b == stop
+    return stops_b
 
 
-def sample(logits_bv, key, temperature, top_p):
-    """One id a row: greedy at temperature 0, else from the nucleus."""
-    greedy_b = jnp.argmax(logits_bv, axis=-1)
-    cut_bv = cut(logits_bv, temperature, top_p)
-    drawn_b = jax.random.categorical(key, cut_bv, axis=-1)
-    return jnp.where(temperature > 0, drawn_b, greedy_b).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "max_tokens", "rules"))
+@functools.partial(jax.jit, static_argnames=("spec", "max_tokens", "stop_ids", "rules"))
 def _generate(
-    params, tokens_bt, segments_bt, key, temperature, top_p, *, spec, max_tokens, rules
+    params,
+    tokens_bt,
+    segments_bt,
+    seen_bv,
+    wishes,
+    *,
+    spec,
+    max_tokens,
+    stop_ids,
+    rules,
 ):
-    """Prefill and a scan over new tokens: [b, max_tokens] ids."""
+    """Prefill and a loop over new tokens, until all rows have ended: [b, max_tokens]
+    ids, of which those after a row's first stop id mean nothing."""
     rows = rules.pspec("batch", None)
     tokens_bt = mesh.reshard(tokens_bt, rows)
     segments_bt = mesh.reshard(segments_bt, rows)
@@ -152,22 +185,238 @@ def _generate(
         spec, params, tokens_bt, cache, segments=segments_bt, rules=rules
     )
 
-    def pick(hidden_btd, i):
+    def pick(hidden_btd, seen_bv, i):
         logits_btv = decoder.logits(spec, params, hidden_btd, rules)
         logits_bv = mesh.reshard(logits_btv[:, -1], jax.P(None, None))
-        return sample(logits_bv, jax.random.fold_in(key, i), temperature, top_p)
+        return _choose(logits_bv, seen_bv, wishes, i)
 
-    def step(carry, i):
-        token_b, cache = carry
+    def goes_on(carry):
+        i, _, ended_b, *_ = carry
+        return (i < max_tokens) & ~jnp.all(ended_b)
+
+    def step(carry):
+        i, token_b, ended_b, new_tb, seen_bv, cache = carry
         token_bt = mesh.reshard(token_b[:, None], rows)
         hidden_btd, cache = decoder.hidden_cached(
             spec, params, token_bt, cache, rules=rules
         )
-        next_b = pick(hidden_btd, i)
-        return (next_b, cache), next_b
+        token_b, seen_bv = pick(hidden_btd, seen_bv, i)
+        ended_b = ended_b | _stops(token_b, stop_ids)
+        return i + 1, token_b, ended_b, new_tb.at[i].set(token_b), seen_bv, cache
 
-    first_b = pick(hidden_btd[:, -1:], 0)
-    if max_tokens == 1:
-        return first_b[:, None]
-    _, rest_tb = jax.lax.scan(step, (first_b, cache), jnp.arange(1, max_tokens))
-    return jnp.concatenate([first_b[:, None], rest_tb.T], axis=1)
+    first_b, seen_bv = pick(hidden_btd[:, -1:], seen_bv, 0)
+    new_tb = jnp.zeros((max_tokens, b), jnp.int32).at[0].set(first_b)
+    carry = (jnp.int32(1), first_b, _stops(first_b, stop_ids), new_tb, seen_bv, cache)
+    return jax.lax.while_loop(goes_on, step, carry)[3].T
+
+
+@dataclasses.dataclass
+class Kept:
+    """A handle on the cache of one row between calls of `stream`.
+
+    ids: what the cache holds, slot by slot; None where a slot is padding.
+    """
+
+    ids: list[int | None] = dataclasses.field(default_factory=list)
+    cache: cache_lib.Cache | None = None
+    reused: int = 0  # ids of the last prompt that were there already
+
+    def close(self) -> None:
+        """Let the cache go."""
+        self.ids, self.cache = [], None
+
+
+def stream(
+    spec: spec_lib.Spec,
+    params: dict[str, Any],
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    sampling: sampling_lib.Sampling | None = None,
+    stop_ids: Sequence[int] | None = None,
+    kept: Kept | None = None,
+) -> Iterator[int]:
+    """New ids of one prompt as they come, without the stop id that ends them.
+
+    Args:
+      spec: the model.
+      params: its weights, stacked or `decoder.unstacked`.
+      prompt: ids, at least one.
+      max_tokens: most new tokens.
+      sampling: None is greedy.
+      stop_ids: ids that end the answer; None for the model's `eos_ids`.
+      kept: cache of earlier calls with the same model; holds this one's afterwards,
+        also when the caller stops in between.
+    Raises:
+      config.InputError: see `generate`; at the first id that is asked for.
+    """
+    check(spec, [prompt], max_tokens)
+    kept = Kept() if kept is None else kept
+    wish = sampling or sampling_lib.Sampling()
+    wishes = sampling_lib.stack([wish])
+    stop_ids = tuple(spec.eos_ids if stop_ids is None else stop_ids)
+    seen_bv = None
+    if wish.repetition_penalty != 1:
+        seen_bv = jnp.asarray(sampling_lib.seen_ids([prompt], spec.vocab_size))
+    logits_bv = _prefill(spec, params, list(map(int, prompt)), kept)
+    token_b, seen_bv = _pick(logits_bv, seen_bv, wishes, 0)
+    new, done, count = [int(token_b[0])], 0, 1
+    while True:
+        last, ended = new[-1], new[-1] in stop_ids
+        yield from new[:-1] if ended else new
+        done += len(new)
+        if ended or done == max_tokens:
+            return
+        count = min(count, max_tokens - done)
+        _make_room(spec, kept, count)
+        cache, kept.cache = kept.cache, None  # given away until the call is back
+        number, new_t, seen_bv, cache = _several(
+            params,
+            np.array([last], np.int32),
+            seen_bv,
+            wishes,
+            cache,
+            done,
+            count,
+            spec=spec,
+            stop_ids=stop_ids,
+        )
+        new = [int(token) for token in np.asarray(new_t)[: int(number)]]
+        kept.ids += [last, *new[:-1]]  # the newest is told and not computed with yet
+        kept.cache = cache
+        count = min(2 * count, CHUNK)
+
+
+def _prefill(spec, params, prompt, kept):
+    """The prompt in the cache, what is there already left alone; logits of its end."""
+    _go_back(spec, kept, prompt)
+    kept.reused = sum(token is not None for token in kept.ids)
+    rest, logits_bv = prompt[kept.reused :], None
+    while rest:
+        if len(rest) >= PIECES[1]:
+            size = max(s for s in PIECES if s <= len(rest))
+        else:
+            size = min(s for s in PIECES if s >= len(rest))
+        now, rest = rest[:size], rest[size:]
+        _make_room(spec, kept, size)
+        pad = size - len(now)
+        cache, kept.cache = kept.cache, None
+        logits_bv, kept.cache = _piece(
+            params,
+            np.array([[0] * pad + now], np.int32),
+            np.array([[0] * pad + [1] * len(now)], np.int32),
+            cache,
+            spec=spec,
+        )
+        kept.ids += [None] * pad + now
+    return logits_bv
+
+
+def _go_back(spec, kept, prompt):
+    """Cut what is kept to where it agrees with the prompt, or drop it all.
+
+    One token of the prompt is always computed anew, for its logits.
+    """
+    agree, slots = 0, 0
+    for slot, token in enumerate(kept.ids):
+        if token is not None:
+            if agree == len(prompt) - 1 or token != prompt[agree]:
+                break
+            agree, slots = agree + 1, slot + 1
+    if kept.cache is None or not agree:
+        kept.close()
+        return
+    if slots < len(kept.ids):
+        kept.cache = _cut(kept.cache, slots)
+        if kept.cache is None:
+            kept.close()
+        del kept.ids[slots:]
+
+
+def _cut(cache, slots):
+    """The cache with its first slots alone; None where more than slots remembers: a
+    recurrent state, a ring, anything that is not known here."""
+    fields = {field.name for field in dataclasses.fields(cache)}
+    known = {"attention", "delta", "segments_bs", "tail_segments_bj", "length"}
+    whole = cache.attention is not None and all(
+        leaf.ndim == 5 and leaf.shape[2] == cache.slots
+        for leaf in jax.tree.leaves(cache.attention)
+    )
+    if fields != known or cache.delta is not None or not whole:
+        return None
+    left_bs = jnp.where(
+        jnp.arange(cache.slots)[None] < slots, cache.segments_bs, jnp.int32(0)
+    )
+    return cache.replace(segments_bs=left_bs, length=jnp.int32(slots))
+
+
+def _make_room(spec, kept, count):
+    """At least `count` free slots in what is kept."""
+    wanted = len(kept.ids) + count
+    slots = FIRST_SLOTS if kept.cache is None else kept.cache.slots
+    if kept.cache is not None and wanted <= slots:
+        return
+    while slots < wanted:
+        slots *= 2
+    # Copied: parts of an empty cache may be one array, to be given away only once.
+    fresh = jax.tree.map(jnp.copy, cache_lib.init(spec, 1, slots))
+    old, kept.cache = kept.cache, None
+    kept.cache = fresh if old is None else _moved(old, fresh)
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def _moved(old, fresh):
+    """`fresh`, which has more slots, with the content of `old`."""
+
+    def one(old, new):
+        if old.shape == new.shape:
+            return old
+        return jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
+
+    return jax.tree.map(one, old, fresh)
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnums=3)
+def _piece(params, tokens_bt, segments_bt, cache, *, spec):
+    """A piece of a prompt, padded on the left: (logits of its end, cache)."""
+    hidden_btd, cache = decoder.hidden_cached(
+        spec, params, tokens_bt, cache, segments=segments_bt
+    )
+    return decoder.logits(spec, params, hidden_btd[:, -1:])[:, -1], cache
+
+
+def _choose(logits_bv, seen_bv, wishes, i):
+    """Token number i of each row, and the ids that were there with it."""
+    if seen_bv is not None:
+        logits_bv = sampling_lib.penalized(logits_bv, seen_bv, wishes)
+    token_b = sampling_lib.draw(logits_bv, wishes, jnp.full(logits_bv.shape[:1], i))
+    if seen_bv is not None:
+        seen_bv = sampling_lib.add_seen(seen_bv, token_b)
+    return token_b, seen_bv
+
+
+_pick = jax.jit(_choose)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("spec", "stop_ids"), donate_argnames=("seen_bv", "cache")
+)
+def _several(params, token_b, seen_bv, wishes, cache, done, count, *, spec, stop_ids):
+    """The next `count` (at most CHUNK) tokens of one row, or up to its first stop id:
+    (how many, their ids, seen_bv, the cache with all but the newest in)."""
+
+    def goes_on(carry):
+        i, token_b, *_ = carry
+        return (i < count) & ~_stops(token_b, stop_ids)[0]
+
+    def step(carry):
+        i, token_b, new_t, seen_bv, cache = carry
+        hidden_btd, cache = decoder.hidden_cached(spec, params, token_b[:, None], cache)
+        logits_bv = decoder.logits(spec, params, hidden_btd)[:, -1]
+        token_b, seen_bv = _choose(logits_bv, seen_bv, wishes, done + i)
+        return i + 1, token_b, new_t.at[i].set(token_b[0]), seen_bv, cache
+
+    new_t = jnp.zeros((CHUNK,), jnp.int32)
+    carry = (jnp.int32(0), token_b, new_t, seen_bv, cache)
+    number, _, *rest = jax.lax.while_loop(goes_on, step, carry)
+    return number, *rest

@@ -37,6 +37,7 @@ from qwen_jax import config, mesh
 from qwen_jax.models import cache as cache_lib
 from qwen_jax.models import decode, decoder, mtp
 from qwen_jax.models import delta as delta_lib
+from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.models import spec as spec_lib
 
 
@@ -109,9 +110,18 @@ def generate(
 
 
 def chances(logits_btv: jax.Array, temperature, top_p) -> jax.Array:
-    """The distribution that `decode.sample` draws from, of each position."""
+    """The distribution that `sampling.draw` draws from, of each position."""
     b, t, v = logits_btv.shape
-    cut_bv = decode.cut(logits_btv.reshape(b * t, v), temperature, top_p)
+    zeros, ones = jnp.zeros((b * t,)), jnp.ones((b * t,))
+    rows = sampling_lib.Rows(
+        temperature_b=ones * temperature,
+        top_k_b=zeros.astype(jnp.int32),
+        top_p_b=ones * top_p,
+        min_p_b=zeros,
+        repetition_b=ones,
+        seed_b2=jnp.zeros((b * t, 2), jnp.uint32),
+    )
+    cut_bv = sampling_lib.warped(logits_btv.reshape(b * t, v), rows)
     sure_btv = jax.nn.one_hot(jnp.argmax(logits_btv, axis=-1), v)
     return jnp.where(temperature > 0, jax.nn.softmax(cut_bv).reshape(b, t, v), sure_btv)
 

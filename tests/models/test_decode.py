@@ -107,35 +107,6 @@ def test_prefill_in_two_parts_is_prefill_in_one(params):
     np.testing.assert_allclose(whole, models.forward(SPEC, params, ids), atol=2e-5)
 
 
-def draws(temperature, top_p, logits, count=4000):
-    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    ids = decode.sample(rows, jax.random.key(0), temperature, top_p)
-    return np.bincount(np.asarray(ids), minlength=len(logits)) / count
-
-
-def test_samples_follow_the_distribution():
-    chances = np.array([0.5, 0.25, 0.15, 0.1])
-    # Three standard errors of 4,000 draws.
-    near = {"atol": 3 * 0.5 / 4000**0.5}
-    np.testing.assert_allclose(draws(1.0, 1.0, np.log(chances)), chances, **near)
-    sharp = chances**2 / np.sum(chances**2)
-    np.testing.assert_allclose(draws(0.5, 1.0, np.log(chances)), sharp, **near)
-
-
-@pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.4, 1), (0.5, 1), (0.6, 2), (0.75, 2), (0.9, 3), (1.0, 4)]
-)
-def test_the_nucleus_is_the_smallest_set_that_reaches_its_share(top_p, kept):
-    chances = np.array([0.1, 0.5, 0.15, 0.25])
-    order = np.argsort(-chances)
-    got = draws(1.0, top_p - 1e-4, np.log(chances))
-    assert set(np.flatnonzero(got)) == set(order[:kept])
-
-
-def test_temperature_zero_takes_the_likeliest():
-    assert draws(0.0, 1.0, [0.0, 1.0, 0.9])[1] == 1
-
-
 @pytest.mark.parametrize(
     ("prompts", "more", "told"),
     [
