@@ -20,12 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from einops import rearrange
 
 from qwen_jax import config, mesh, params
-from qwen_jax.models import decoder, hf_config, names
+from qwen_jax.models import decoder, hf_config, names, streaming, tensor_files
 from qwen_jax.models import spec as spec_lib
 
 # Buffers that some checkpoints carry and no model needs.
@@ -38,49 +37,26 @@ class _Tensors:
     """The tensors of a folder's safetensors files, by name, read on demand."""
 
     def __init__(self, folder: pathlib.Path):
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise config.InputError(
-                f"{folder} has no *.safetensors files (weights in pickle form are not "
-                "read; convert them with the library that wrote them)"
-            )
-        self._where = {}
-        self._open = {}
-        for path in paths:
-            try:
-                handle = safetensors.safe_open(path, framework="numpy")
-            except (safetensors.SafetensorError, OSError) as error:
+        self.entries = {}
+        for entry in tensor_files.entries(folder):
+            # The text part of a vision-language model has a prefix of its own.
+            name = entry.name.replace("model.language_model.", "model.", 1)
+            if name in self.entries:
                 raise config.InputError(
-                    f"{path} cannot be read as safetensors: {error}; it may be cut off "
-                    "or a stand-in of a version control system: copy it anew"
-                ) from error
-            self._open[path] = handle
-            for there in handle.keys():
-                # The text part of a vision-language model has a prefix of its own.
-                name = there.replace("model.language_model.", "model.", 1)
-                if name in self._where:
-                    raise config.InputError(
-                        f"tensor {name!r} is in {self._where[name][0].name} and in "
-                        f"{path.name}"
-                    )
-                self._where[name] = path, there
-        self.names = set(self._where)
+                    f"{folder} has tensor {name!r} twice, once as {entry.name!r}"
+                )
+            self.entries[name] = entry
+        self.names = set(self.entries)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape, from the file's header."""
-        if name not in self._where:
+    def entry(self, name: str) -> tensor_files.Entry:
+        """Where a tensor lies and what it is, from its file's header."""
+        if name not in self.entries:
             raise config.InputError(
                 f"the model files have no tensor {name!r}"
-                f"{config.nearest(name, list(self._where)[:500])}; the folder is of "
+                f"{config.nearest(name, list(self.entries)[:500])}; the folder is of "
                 "another model than its config.json, or not whole"
             )
-        path, there = self._where[name]
-        return tuple(self._open[path].get_slice(there).get_shape())
-
-    def get(self, name: str) -> np.ndarray:
-        """The tensor."""
-        path, there = self._where[name]
-        return self._open[path].get_tensor(there)
+        return self.entries[name]
 
 
 def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
@@ -100,7 +76,9 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
         key = _key(path)
         wanted = names.shape(table[key], spec)
         for full, _ in names.places(table[key], key, spec):
-            found = tensors.shape(full)
+            entry = tensors.entry(full)
+            entry.numpy_dtype()  # refuses what is quantized
+            found = entry.shape
             if found != wanted:
                 raise config.InputError(
                     f"tensor {full!r} of {folder} has shape {found}, its config.json "
@@ -164,49 +142,20 @@ def load(
         layout = params.shardings(tree, device_mesh, rules or mesh.Rules())
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=params.is_param)
     places = jax.tree.leaves(layout) if layout is not None else [None] * len(flat)
-    leaves = []
+    stacks, jobs = [], []
     for (path, p), place in zip(flat, places, strict=True):
-        host = _read(tensors, table, _key(path), p, spec)
-        if place is None:
-            leaves.append(jax.device_put(host))
-            continue
-        # device_put would compare whole arrays between processes, in device memory.
-        leaves.append(jax.make_array_from_callback(host.shape, place, host.__getitem__))
-    return spec, treedef.unflatten(leaves)
+        key = _key(path)
+        stacks.append(streaming.Stack(p.shape, spec.param_dtype, place))
+        jobs += [
+            streaming.Job(tensors.entry(full), table[key], key, stacks[-1], at)
+            for full, at in names.places(table[key], key, spec)
+        ]
+    streaming.fill(jobs, spec)
+    return spec, treedef.unflatten([stack.array() for stack in stacks])
 
 
 def _key(path: Any) -> str:
     return ".".join(str(part.key) for part in path)
-
-
-def _read(
-    tensors: _Tensors,
-    table: dict[str, names.Tensor],
-    key: str,
-    p: params.Param,
-    spec: spec_lib.Spec,
-) -> Any:
-    """One weight of ours from its tensors, stacked where ours is."""
-    tensor = table[key]
-    pattern = dict(tensor.parts)[key]
-    known = names.axes(pattern, names.sizes(spec, key))
-    cut = names.cuts(tensor, spec)[key]
-    out = np.empty(p.shape, jnp.dtype(spec.param_dtype))
-    for full, place in names.places(tensor, key, spec):
-        there = _brought_out(tensors.get(full), tensor, spec)
-        there = there[(slice(None),) * tensor.dim + (cut,)]
-        out[place] = rearrange(there, pattern, **known).astype(out.dtype)
-    return out
-
-
-def _brought_out(there: np.ndarray, tensor: names.Tensor, spec: spec_lib.Spec) -> Any:
-    """A tensor in the form that its parts are cut from."""
-    if not tensor.view:
-        return there
-    key, pattern = tensor.parts[0]
-    left = tensor.view.partition(" -> ")[2].split()
-    known = names.axes(pattern, names.sizes(spec, key))
-    return rearrange(there, tensor.view, **{x: known[x] for x in left if x in known})
 
 
 def save(
