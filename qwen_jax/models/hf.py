@@ -6,25 +6,24 @@ config.json; what `save` writes, transformers loads.
 
 Formats: `model.safetensors`, or shards with `model.safetensors.index.json`.
 Invariants: every tensor of the files is used once or is listed as one to ignore; every
-weight of the model is filled. One stacked weight is built at a time.
+weight of the model is filled. Reading takes no more host memory than `streaming.py`
+says, writing a tensor at a time.
 Raises: config.InputError for a folder without weights, a missing, surplus or misshapen
 tensor; no code from the folder is run.
 """
 
-import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from einops import rearrange
 
 from qwen_jax import config, mesh, params
-from qwen_jax.models import decoder, hf_config, names, streaming, tensor_files
+from qwen_jax.models import decoder, hf_config, names, streaming, tensor_files, tensor_writer
 from qwen_jax.models import spec as spec_lib
 
 # Buffers that some checkpoints carry and no model needs.
@@ -165,71 +164,83 @@ def save(
     *,
     dtype: str | None = None,
     shard_bytes: int = 5_000_000_000,
+    say: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write config.json and safetensors that transformers loads.
 
     Args:
       spec: the model.
       weights: stacked parameters, on any mesh; every process calls, the first writes.
-      folder: made if missing; files of the same names are replaced.
+      folder: made if missing; files of the same names are replaced, all at the end.
       dtype: of the tensors; None keeps the parameters' own.
       shard_bytes: largest file; above it the weights go to several with an index.
+      say: told the bytes written and their sum as they grow.
     Raises:
       config.InputError: config.json cannot tell what the Spec computes.
+      OSError: from the disk; the folder is then as it was.
     """
     hf_config.check_spec(spec)
-    folder = pathlib.Path(folder)
     fused = hf_config.FAMILIES[spec.family].fused
     named = named_tensors(spec, weights, fused=fused, dtype=dtype)
     if jax.process_index() != 0:
         for _ in named:  # takes part in the gathers
             continue
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("model*.safetensors*"):
-        stale.unlink()
-    shards, total = _write_shards(named, folder, shard_bytes)
-    if len(shards) == 1:
-        (folder / shards[0][0]).rename(folder / "model.safetensors")
-    else:
-        index = {"metadata": {"total_size": total}, "weight_map": {}}
-        for i, (temporary, held) in enumerate(shards):
-            final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            (folder / temporary).rename(folder / final)
-            index["weight_map"] |= dict.fromkeys(held, final)
-        text = json.dumps(index, indent=1, sort_keys=True)
-        (folder / "model.safetensors.index.json").write_text(text)
-    raw = hf_config.config_of(spec)
-    raw["torch_dtype"] = dtype or spec.param_dtype
-    (folder / "config.json").write_text(
-        json.dumps(raw, indent=2, sort_keys=True) + "\n"
-    )
+    leaves = _leaves(weights)
+    planned = [
+        tensor_writer.Planned(
+            full,
+            names.shape(tensor, spec),
+            dtype or jnp.dtype(leaves[tensor.parts[0][0]].dtype).name,
+        )
+        for tensor, full, _ in _order(leaves, spec, fused)
+    ]
+    raw = hf_config.config_of(spec) | {"torch_dtype": dtype or spec.param_dtype}
+    try:
+        tensor_writer.publish(
+            pathlib.Path(folder), planned, named, raw, shard_bytes=shard_bytes, say=say
+        )
+    except OSError:
+        if jax.process_count() > 1:
+            for _ in named:  # the others wait in the gathers
+                continue
+        raise
+
+
+def _leaves(weights: Any) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(weights)
+    return {_key(path): leaf for path, leaf in flat}
+
+
+def _order(
+    leaves: dict[str, Any], spec: spec_lib.Spec, fused: bool
+) -> list[tuple[names.Tensor, str, tuple]]:
+    """[(tensor, name there, place in ours)] in the order of a folder's files."""
+    table = names.table(spec, fused=fused)
+    tensors = dict.fromkeys(table[key] for key in leaves)  # some hold several weights
+    return [
+        (tensor, full, place)
+        for tensor in tensors
+        for full, place in names.places(tensor, tensor.parts[0][0], spec)
+    ]
 
 
 def named_tensors(
     spec: spec_lib.Spec, weights: Any, *, fused: bool, dtype: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name there, tensor) one at a time; `fused`: all experts in one tensor."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(weights)
-    leaves = {_key(path): leaf for path, leaf in flat}
-    table = names.table(spec, fused=fused)
-    done = set()
-    for key in leaves:
-        tensor = table[key]
-        if tensor.name in done:
-            continue
-        done.add(tensor.name)
-        for full, place in names.places(tensor, key, spec):
-            parts = [
-                _back(_to_host(leaves[part][place]), pattern, names.sizes(spec, part))
-                for part, pattern in tensor.parts
-            ]
-            host = parts[0] if len(parts) == 1 else np.concatenate(parts, tensor.dim)
-            if tensor.view:
-                host = rearrange(host, " -> ".join(reversed(tensor.view.split(" -> "))))
-            if dtype:
-                host = host.astype(jnp.dtype(dtype))
-            yield full, np.ascontiguousarray(host)
+    leaves = _leaves(weights)
+    for tensor, full, place in _order(leaves, spec, fused):
+        parts = [
+            _back(_to_host(leaves[part][place]), pattern, names.sizes(spec, part))
+            for part, pattern in tensor.parts
+        ]
+        host = parts[0] if len(parts) == 1 else np.concatenate(parts, tensor.dim)
+        if tensor.view:
+            host = rearrange(host, " -> ".join(reversed(tensor.view.split(" -> "))))
+        if dtype:
+            host = host.astype(jnp.dtype(dtype))
+        yield full, np.ascontiguousarray(host)
 
 
 def _back(part: np.ndarray, pattern: str, known: dict[str, int]) -> np.ndarray:
@@ -244,24 +255,3 @@ def _to_host(x: Any) -> np.ndarray:
 
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
-
-
-def _write_shards(named, folder, shard_bytes):
-    """Safetensors files of at most shard_bytes: [(file, names)], total bytes."""
-    shards, pending, size, total = [], {}, 0, 0
-
-    def flush():
-        nonlocal pending, size
-        name = f"model-{len(shards):05d}.safetensors.partial"
-        safetensors.numpy.save_file(pending, folder / name, metadata={"format": "pt"})
-        shards.append((name, list(pending)))
-        pending, size = {}, 0
-
-    for name, tensor in named:
-        if pending and size + tensor.nbytes > shard_bytes:
-            flush()
-        pending[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    return shards, total

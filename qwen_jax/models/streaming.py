@@ -389,8 +389,12 @@ def _copy(block: _Block, held: _Scratch) -> None:
         cast = held.rows("cast", len(out), width, out.dtype)
         _cast(there, cast)
         there = cast
+    # As plain bits: copies of bfloat16, a dtype NumPy does not know, hold Python's lock.
+    bits = np.dtype(f"u{out.dtype.itemsize}")
+    there = there.view(bits)
     for part in block.parts:
-        part.out[...] = there[:, part.column : part.column + part.out.shape[1]]
+        columns = slice(part.column, part.column + part.out.shape[1])
+        part.out.view(bits)[...] = there[:, columns]
 
 
 def _cast(there: np.ndarray, out: np.ndarray) -> None:
