@@ -12,6 +12,7 @@ Raises: config.InputError for a folder without weights, a missing, surplus or mi
 tensor; no code from the folder is run.
 """
 
+import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +24,15 @@ import numpy as np
 from einops import rearrange
 
 from qwen_jax import config, mesh, params
-from qwen_jax.models import decoder, hf_config, names, streaming, tensor_files, tensor_writer
+from qwen_jax.models import (
+    decoder,
+    hf_config,
+    json_files,
+    names,
+    streaming,
+    tensor_files,
+    tensor_writer,
+)
 from qwen_jax.models import spec as spec_lib
 
 # Buffers that some checkpoints carry and no model needs.
@@ -50,10 +59,12 @@ class _Tensors:
     def entry(self, name: str) -> tensor_files.Entry:
         """Where a tensor lies and what it is, from its file's header."""
         if name not in self.entries:
+            short = [x for x in itertools.islice(self.entries, 500) if len(x) < 200]
+            near = config.nearest(name, short)
             raise config.InputError(
                 f"the model files have no tensor {name!r}"
-                f"{config.nearest(name, list(self.entries)[:500])}; the folder is of "
-                "another model than its config.json, or not whole"
+                f"{near if 'did you mean' in near else ''}; the folder is of another "
+                "model than its config.json, or not whole"
             )
         return self.entries[name]
 
@@ -95,10 +106,11 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
         )
     left = [n for n in left if not n.startswith(OTHER_PARTS)]
     if left:
+        some = ", ".join(json_files.shown(name) for name in sorted(left)[:5])
         raise config.InputError(
-            f"{folder}: {len(left)} tensors belong to no weight of a "
-            f"{spec.family} model: {', '.join(sorted(left)[:5])}; check model_type and "
-            "tie_word_embeddings in its config.json"
+            f"{folder}: {len(left)} tensors belong to no weight of a {spec.family} "
+            f"model: {some}; check model_type and tie_word_embeddings in its "
+            "config.json"
         )
     return tensors
 

@@ -79,7 +79,7 @@ def _no_constant(name: str) -> NoReturn:
 
 def shown(value: Any, longest: int = 80) -> str:
     """A value as a message shows it: on one line, and no longer than a line."""
-    text = (
-        ascii(value) if isinstance(value, str | int | float) else type(value).__name__
-    )
+    if isinstance(value, list):
+        value = value[:longest]
+    text = type(value).__name__ if isinstance(value, dict) else ascii(value)
     return text if len(text) <= longest else f"{text[:longest]}..."

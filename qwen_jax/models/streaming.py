@@ -389,7 +389,7 @@ def _copy(block: _Block, held: _Scratch) -> None:
         cast = held.rows("cast", len(out), width, out.dtype)
         _cast(there, cast)
         there = cast
-    # As plain bits: copies of bfloat16, a dtype NumPy does not know, hold Python's lock.
+    # As plain bits: NumPy copies bfloat16, a stranger to it, with Python's lock held.
     bits = np.dtype(f"u{out.dtype.itemsize}")
     there = there.view(bits)
     for part in block.parts:
