@@ -128,12 +128,10 @@ def _paths(folder: pathlib.Path, index: dict[str, str]) -> list[pathlib.Path]:
                 "read; convert them with the library that wrote them)"
             )
         wanted = sorted(there)
-        for stem, _, count in filter(None, map(_shard, wanted)):
-            if int(count) > 100_000:
-                continue
-            wanted += [
-                f"{stem}-{i + 1:05d}-of-{count}.safetensors" for i in range(int(count))
-            ]
+        sets = {x.group(1, 3) for x in map(_SHARD.fullmatch, there) if x}
+        for stem, count in sets:  # "model", "00004": four files make one model
+            numbers = range(1, min(int(count), 10_000) + 1)
+            wanted += [f"{stem}-{i:05d}-of-{count}.safetensors" for i in numbers]
     missing = sorted(set(wanted) - there)
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -142,11 +140,6 @@ def _paths(folder: pathlib.Path, index: dict[str, str]) -> list[pathlib.Path]:
             f"{len(set(wanted))} files; copy or download the missing ones"
         )
     return [folder / name for name in sorted(set(wanted))]
-
-
-def _shard(name: str) -> tuple[str, str, str] | None:
-    found = _SHARD.fullmatch(name)
-    return found.groups() if found else None
 
 
 def header(path: pathlib.Path) -> list[Entry]:
