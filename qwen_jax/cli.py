@@ -60,6 +60,7 @@ def parser() -> Parser:
     _add_data(verbs)
     _add_report(verbs)
     _add_convert(verbs)
+    _add_pull(verbs)
     doctor = verbs.add_parser(
         "doctor",
         help="versions, devices, disk; what is missing and the command that adds it",
@@ -174,6 +175,30 @@ def _add_convert(verbs: Any) -> None:
     add("target", metavar="DIR", help="folder to write")
     add("--step", type=int, default=-1, help="checkpoint of a run; newest by default")
     add("--dtype", default="", help="float32 or bfloat16; default: as it is")
+
+
+def _add_pull(verbs: Any) -> None:
+    pull = verbs.add_parser(
+        "pull",
+        help="a published model into a folder, at one commit, each file checked",
+        description="Bring a model from a hub through its own client library: weights "
+        "as safetensors, JSON, tokenizer and template; no pickles and no code. An "
+        "interrupted pull goes on when the same command is given again. HF_ENDPOINT "
+        "names a mirror, HF_TOKEN opens gated and private models.",
+        allow_abbrev=False,
+    )
+    add = pull.add_argument
+    add("repo", nargs="?", default="", metavar="REPO[@REVISION]", help="OWNER/NAME")
+    add("dir", nargs="?", default="", metavar="DIR", help="a new folder, or one begun")
+    add("--source", choices=("hub", "modelscope"), default="hub")
+    add(
+        "--include",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="which files, instead of the usual ones; may be repeated",
+    )
+    add("--verify", default="", metavar="DIR", help="check the files of a folder again")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -316,6 +341,10 @@ def _convert(args: argparse.Namespace, _: Any) -> int:
     return _load("tools").convert(args)
 
 
+def _pull(args: argparse.Namespace, _: Any) -> int:
+    return _load("pull").run(args)
+
+
 def _doctor(args: argparse.Namespace, _: Any) -> int:
     return _load("doctor").main(as_json=args.json)
 
@@ -326,5 +355,6 @@ VERBS = {
     "data": _data,
     "report": _report,
     "convert": _convert,
+    "pull": _pull,
     "doctor": _doctor,
 }

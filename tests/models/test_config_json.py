@@ -187,8 +187,8 @@ VALUES = st.recursive(
 )
 ROPE = st.dictionaries(
     st.sampled_from(
-        "rope_type type factor rope_theta beta_fast beta_slow attention_factor truncate "
-        "original_max_position_embeddings partial_rotary_factor mscale".split()
+        "rope_type type factor rope_theta beta_fast beta_slow attention_factor "
+        "truncate original_max_position_embeddings partial_rotary_factor mscale".split()
     ),
     VALUES,
 )
