@@ -69,7 +69,7 @@ def parser() -> Parser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     verbs.add_parser(
         "bench",
-        help="measure: `bench train`, `decode`, `moe` (--help lists them)",
+        help="measure: `bench train`, `decode`, `moe`, `load` (--help lists them)",
         add_help=False,
         allow_abbrev=False,
     )
@@ -168,6 +168,10 @@ def _add_convert(verbs: Any) -> None:
     convert = verbs.add_parser(
         "convert",
         help="a run's checkpoint, or a model folder, to a Hugging Face folder",
+        description="Write a Hugging Face folder from a run's checkpoint or from "
+        "another model folder, which need not fit in memory; tokenizer and template "
+        "travel along. The other way needs no conversion: a run begins with the "
+        "weights of a model folder by `qwen-jax run --config.train.init_from=DIR`.",
         allow_abbrev=False,
     )
     add = convert.add_argument
@@ -175,6 +179,13 @@ def _add_convert(verbs: Any) -> None:
     add("target", metavar="DIR", help="folder to write")
     add("--step", type=int, default=-1, help="checkpoint of a run; newest by default")
     add("--dtype", default="", help="float32 or bfloat16; default: as it is")
+    add(
+        "--shard_bytes",
+        type=int,
+        default=5_000_000_000,
+        metavar="N",
+        help="largest file (default: 5e9)",
+    )
 
 
 def _add_pull(verbs: Any) -> None:
@@ -274,6 +285,7 @@ BENCHES = {
     "train": "a training step, beside other libraries with --peers",
     "decode": "tokens a second with a cache, beside other libraries with --peers",
     "moe": "a layer of experts beside a plain matrix product",
+    "load": "weights from safetensors beside a plain read of the files",
 }
 
 
@@ -338,7 +350,7 @@ def _report(args: argparse.Namespace, _: Any) -> int:
 
 
 def _convert(args: argparse.Namespace, _: Any) -> int:
-    return _load("tools").convert(args)
+    return _load("convert").run(args)
 
 
 def _pull(args: argparse.Namespace, _: Any) -> int:

@@ -18,12 +18,19 @@ from qwen_jax.data import tokenizer
 from qwen_jax.models import spec as spec_lib
 
 
+def ended(spec: spec_lib.Spec, vocabulary: tokenizer.Tokenizer) -> spec_lib.Spec:
+    """The Spec with the tokenizer's end id, with which every document begins too."""
+    ids = {"bos_id": vocabulary.eos_id, "eos_ids": (vocabulary.eos_id,)}
+    return dataclasses.replace(spec, **ids)
+
+
 def write(
     spec: spec_lib.Spec,
     weights: Any,
     vocabulary: tokenizer.Tokenizer,
     folder: pathlib.Path,
     dtype: str | None = None,
+    **how: Any,
 ) -> None:
     """Weights, configuration and tokenizer as transformers loads them.
 
@@ -33,11 +40,9 @@ def write(
       vocabulary: the tokenizer.
       folder: made if missing.
       dtype: of the tensors; None keeps the parameters' own.
+      **how: more of models.save.
     """
-    spec = dataclasses.replace(
-        spec, bos_id=vocabulary.eos_id, eos_ids=(vocabulary.eos_id,)
-    )
-    models.save(spec, weights, folder, dtype=dtype)
+    models.save(ended(spec, vocabulary), weights, folder, dtype=dtype, **how)
     if jax.process_index() == 0:
         vocabulary.save(folder)
         generation = {

@@ -12,6 +12,7 @@ Raises: config.InputError for a folder without weights, a missing, surplus or mi
 tensor; no code from the folder is run.
 """
 
+import dataclasses
 import itertools
 import pathlib
 import sys
@@ -158,11 +159,50 @@ def load(
         key = _key(path)
         stacks.append(streaming.Stack(p.shape, spec.param_dtype, place))
         jobs += [
-            streaming.Job(tensors.entry(full), table[key], key, stacks[-1], at)
+            streaming.Job(tensors.entry(full), table[key], key, spec, stacks[-1], at)
             for full, at in names.places(table[key], key, spec)
         ]
-    streaming.fill(jobs, spec)
+    streaming.fill(jobs)
     return spec, treedef.unflatten([stack.array() for stack in stacks])
+
+
+class Lazy:
+    """A weight that stays in its files: `weight[place]` reads that one tensor of it."""
+
+    def __init__(self, p: params.Param, dtype: str, jobs: dict[tuple, streaming.Job]):
+        self.shape, self.dtype, self._jobs = p.shape, jnp.dtype(dtype), jobs
+
+    def __getitem__(self, place: tuple[int, ...]) -> jax.Array:
+        shape = self.shape[len(place) :]
+        stack = streaming.Stack(shape, self.dtype, None)
+        job = dataclasses.replace(self._jobs[place], stack=stack, place=())
+        streaming.fill([job])
+        return stack.array()
+
+
+def lazily(folder: str | pathlib.Path) -> tuple[spec_lib.Spec, dict[str, Any]]:
+    """Spec and parameters of a folder as `load` gives them, each a `Lazy`, for `save`.
+
+    Raises:
+      config.InputError: see the module docstring.
+    """
+    folder = pathlib.Path(folder)
+    raw = hf_config.read_config(folder)
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    spec = hf_config.spec_from_config(raw, param_dtype=dtype, compute_dtype=dtype)
+    tensors = check(folder, spec)
+    table = _table(tensors, spec)
+
+    def one(path: Any, p: params.Param) -> Lazy:
+        key = _key(path)
+        jobs = {
+            at: streaming.Job(tensors.entry(full), table[key], key, spec)
+            for full, at in names.places(table[key], key, spec)
+        }
+        return Lazy(p, dtype, jobs)
+
+    tree = decoder.decoder_params(spec)
+    return spec, jax.tree_util.tree_map_with_path(one, tree, is_leaf=params.is_param)
 
 
 def _key(path: Any) -> str:

@@ -393,6 +393,11 @@ def check_spec(spec: spec_lib.Spec) -> None:
     )
 
 
+def same_function(one: spec_lib.Spec, other: spec_lib.Spec) -> bool:
+    """Whether two Specs compute the same of the same weights."""
+    return _function(one) == _function(other)
+
+
 def _told_otherwise(spec: spec_lib.Spec) -> dict[str, tuple[Any, Any]]:
     """{field: (here, as read from config_of)} where the function differs."""
     here, there = map(_function, (spec, spec_from_config(config_of(spec))))

@@ -151,12 +151,12 @@ def test_a_process_reads_what_it_needs(tmp_path, dim, monkeypatch):
     stack = streaming.Stack((2, 256, 16, 16), "float32", Half(dim))
     tensor = hf._table(tensors, spec)[key]
     jobs = [
-        streaming.Job(tensors.entry(name.format(i)), tensor, key, stack, (i,))
+        streaming.Job(tensors.entry(name.format(i)), tensor, key, spec, stack, (i,))
         for i in range(2)
     ]
     read, real = [], os.preadv
     monkeypatch.setattr(os, "preadv", lambda *a: read.append(real(*a)) or read[-1])
-    streaming.fill(jobs, spec)
+    streaming.fill(jobs)
     got = np.asarray(stack._made.popitem()[1])
     want = np.asarray(weights["layers"]["attention"]["q_ldnk"])
     np.testing.assert_array_equal(got, np.split(want, 2, axis=dim)[0])
@@ -190,6 +190,14 @@ def test_numbers_are_rounded_once_while_they_are_read(tmp_path, there, here):
         # Wide, since NumPy does not know NaN of bfloat16; signs of zero are compared.
         np.testing.assert_array_equal(*(np.float64(x) for x in (ours, want)))
         np.testing.assert_array_equal(np.signbit(np.float64(ours)), np.signbit(want))
+
+
+def test_weights_that_stay_in_their_files_are_saved_the_same(folder, tmp_path):
+    spec, weights, made = folder
+    there, lazy = hf.lazily(made)
+    assert there == models.load(made)[0]
+    models.save(there, lazy, tmp_path)
+    same(models.load(tmp_path)[1], weights)
 
 
 def test_what_is_loaded_is_the_model_s_own(folder):
