@@ -19,7 +19,6 @@ Raises: config.InputError for flags that do not fit.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import json
 import os
@@ -33,14 +32,14 @@ import tempfile
 import time
 
 from qwen_jax import config
-from qwen_jax.bench import table, train, where
+from qwen_jax.bench import flags, table
 
 CANDIDATES = ("plain", "ours", "safetensors")
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    top = train.Parser(
+    top = flags.Parser(
         prog="qwen-jax bench load",
         description="Measure loading weights, beside a plain read of the same files.",
         allow_abbrev=False,
@@ -53,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=7, help="rounds in which each takes a turn")
     add("--cold", action="store_true", help="drop the files from the page cache first")
     add("--peers", action="store_true", help="the safetensors library, too")
-    add("--json", default="", metavar="FILE", help="write the record")
+    flags.add_outputs(top)
     return top
 
 
@@ -68,25 +67,16 @@ def main(argv: list[str]) -> int:
             make(pathlib.Path(scratch), args.gb, args.stored)
             record = collect(args, pathlib.Path(scratch), command)
     print(report(record))
-    if args.json:
-        path = pathlib.Path(args.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    flags.write(args, record, paragraph(record))
     return 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags; what does not fit is told."""
-    top = parser()
-    args, rest = top.parse_known_args(argv)
-    if rest:
-        known = [flag for action in top._actions for flag in action.option_strings]
-        name = rest[0].partition("=")[0]
-        raise config.InputError(f"unknown flag {name}{config.nearest(name, known)}")
-    if args.rounds < 1 or not 0 < args.gb <= 200:
-        raise config.InputError(
-            f"--rounds {args.rounds} must be at least 1, --gb {args.gb} above 0"
-        )
+    args = flags.parse(parser(), argv)
+    flags.at_least_one(args, "rounds")
+    if not 0 < args.gb <= 200:
+        raise config.InputError(f"--gb is {args.gb}, wanted above 0 and at most 200")
     return args
 
 
@@ -140,11 +130,7 @@ def collect(args: argparse.Namespace, folder: pathlib.Path, command: str) -> dic
     if not files:
         raise config.InputError(f"--model {folder} has no *.safetensors files")
     names = [n for n in CANDIDATES if n != "safetensors" or args.peers]
-    record = {
-        "date": datetime.datetime.now().isoformat(sep=" ", timespec="minutes"),
-        "commit": where.git("rev-parse", "--short", "HEAD") or "unknown",
-        "machine": where.machine(),
-        "command": command,
+    record = flags.head(command) | {
         "bytes": sum(path.stat().st_size for path in files),
         "files": len(files),
         "largest_file": max(path.stat().st_size for path in files),
@@ -188,7 +174,11 @@ def prepare(path: pathlib.Path, cold: bool) -> None:
 def one_turn(name: str, folder: pathlib.Path, dtype: str) -> dict:
     """One turn in a process of its own."""
     words = [sys.executable, "-m", "qwen_jax.bench.load", name, str(folder), dtype]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    # Without malloc's huge pages, which would not be there for any other plain read.
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=False, env=environment
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         raise config.InputError(f"the turn of {name} failed: {last}")
@@ -286,6 +276,11 @@ def report(record: dict) -> str:
             "peak over: memory beyond what was held before and beyond the result",
         ]
     )
+
+
+def paragraph(record: dict) -> str:
+    """The dated paragraph for the log."""
+    return f"{flags.title(record, 'load')}\n```text\n{report(record)}\n```\n"
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def test_ratios_are_taken_inside_rounds():
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--rounds=0"], "--rounds 0 must be at least 1"),
-        (["--gb=0"], "--gb 0.0 above 0"),
+        (["--rounds=0"], "--rounds is 0, wanted at least 1"),
+        (["--gb=0"], "--gb is 0.0, wanted above 0"),
         (["--round=3"], "did you mean '--rounds'"),
         (["--stored=int8"], "--stored: invalid choice"),
     ],
