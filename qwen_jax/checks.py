@@ -177,6 +177,16 @@ def vocabulary(exp: experiment.Experiment, known: tokenizer.Tokenizer) -> None:
         )
 
 
+def ids_fit(known: tokenizer.Tokenizer, spec: Any, folder: pathlib.Path) -> None:
+    """Refuse a model folder whose tokenizer has ids that its model's table has not."""
+    if known.vocab_size > spec.vocab_size:
+        raise config.InputError(
+            f"tokenizer.json of {folder} has ids up to {known.vocab_size - 1:,}, its "
+            f"model a vocabulary of {spec.vocab_size:,}: the two are of different "
+            "models; copy the folder anew"
+        )
+
+
 def samples(exp: experiment.Experiment, known: tokenizer.Tokenizer) -> None:
     """Refuse samples that would stop the run when their step comes."""
     sample = exp.sample

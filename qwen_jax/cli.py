@@ -61,6 +61,7 @@ def parser() -> Parser:
     _add_data(verbs)
     _add_report(verbs)
     _add_convert(verbs)
+    _add_pull(verbs)
     doctor = verbs.add_parser(
         "doctor",
         help="versions, devices, disk; what is missing and the command that adds it",
@@ -69,7 +70,7 @@ def parser() -> Parser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     verbs.add_parser(
         "bench",
-        help="measure: `bench train`, `decode`, `moe` (--help lists them)",
+        help="measure: `bench train`, `decode`, `moe`, `load` (--help lists them)",
         add_help=False,
         allow_abbrev=False,
     )
@@ -207,6 +208,11 @@ def _add_convert(verbs: Any) -> None:
     convert = verbs.add_parser(
         "convert",
         help="a run's checkpoint, model folder or GGUF file to a Hugging Face folder",
+        description="Write a Hugging Face folder from a run's checkpoint, from a GGUF "
+        "file, or from another model folder, which need not fit in memory; tokenizer "
+        "and template travel along. The other way needs no conversion: a run begins "
+        "with the weights of a model folder by `qwen-jax run "
+        "--config.train.init_from=DIR`.",
         allow_abbrev=False,
     )
     add = convert.add_argument
@@ -214,6 +220,37 @@ def _add_convert(verbs: Any) -> None:
     add("target", metavar="DIR", help="folder to write")
     add("--step", type=int, default=-1, help="checkpoint of a run; newest by default")
     add("--dtype", default="", help="float32 or bfloat16; default: as it is")
+    add(
+        "--shard_bytes",
+        type=int,
+        default=5_000_000_000,
+        metavar="N",
+        help="largest file (default: 5e9)",
+    )
+
+
+def _add_pull(verbs: Any) -> None:
+    pull = verbs.add_parser(
+        "pull",
+        help="a published model into a folder, at one commit, each file checked",
+        description="Bring a model from a hub through its own client library: weights "
+        "as safetensors, JSON, tokenizer and template; no pickles and no code. An "
+        "interrupted pull goes on when the same command is given again. HF_ENDPOINT "
+        "names a mirror, HF_TOKEN opens gated and private models.",
+        allow_abbrev=False,
+    )
+    add = pull.add_argument
+    add("repo", nargs="?", default="", metavar="REPO[@REVISION]", help="OWNER/NAME")
+    add("dir", nargs="?", default="", metavar="DIR", help="a new folder, or one begun")
+    add("--source", choices=("hub", "modelscope"), default="hub")
+    add(
+        "--include",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="which files, instead of the usual ones; may be repeated",
+    )
+    add("--verify", default="", metavar="DIR", help="check the files of a folder again")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -289,6 +326,7 @@ BENCHES = {
     "train": "a training step, beside other libraries with --peers",
     "decode": "tokens a second with a cache, beside other libraries with --peers",
     "moe": "a layer of experts beside a plain matrix product",
+    "load": "weights from safetensors beside a plain read of the files",
 }
 
 
@@ -358,7 +396,11 @@ def _report(args: argparse.Namespace, _: Any) -> int:
 
 
 def _convert(args: argparse.Namespace, _: Any) -> int:
-    return _load("tools").convert(args)
+    return _load("convert").run(args)
+
+
+def _pull(args: argparse.Namespace, _: Any) -> int:
+    return _load("pull").run(args)
 
 
 def _doctor(args: argparse.Namespace, _: Any) -> int:
@@ -372,5 +414,6 @@ VERBS = {
     "data": _data,
     "report": _report,
     "convert": _convert,
+    "pull": _pull,
     "doctor": _doctor,
 }

@@ -18,6 +18,12 @@ from qwen_jax.data import tokenizer
 from qwen_jax.models import spec as spec_lib
 
 
+def ended(spec: spec_lib.Spec, vocabulary: tokenizer.Tokenizer) -> spec_lib.Spec:
+    """The Spec with the tokenizer's end id, with which every document begins too."""
+    ids = {"bos_id": vocabulary.eos_id, "eos_ids": (vocabulary.eos_id,)}
+    return dataclasses.replace(spec, **ids)
+
+
 def write(
     spec: spec_lib.Spec,
     weights: Any,
@@ -26,6 +32,7 @@ def write(
     dtype: str | None = None,
     *,
     keep_ids: bool = False,
+    **how: Any,
 ) -> None:
     """Weights, configuration and tokenizer as transformers loads them.
 
@@ -37,11 +44,11 @@ def write(
       dtype: of the tensors; None keeps the parameters' own.
       keep_ids: the model's ids for begin and end are its own, where it has any; else
         they become the tokenizer's, with which it was trained.
+      **how: more of models.save.
     """
     if not keep_ids or not spec.eos_ids:
-        end = vocabulary.eos_id
-        spec = dataclasses.replace(spec, bos_id=end, eos_ids=(end,))
-    models.save(spec, weights, folder, dtype=dtype)
+        spec = ended(spec, vocabulary)
+    models.save(spec, weights, folder, dtype=dtype, **how)
     if jax.process_index() == 0:
         vocabulary.save(folder)
         ends = list(spec.eos_ids)

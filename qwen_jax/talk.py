@@ -21,10 +21,10 @@ from typing import Any
 
 import jax
 
-from qwen_jax import config, models
+from qwen_jax import checks, config, models
 from qwen_jax import params as params_lib
 from qwen_jax.data import chat, reply, tokenizer
-from qwen_jax.models import decode, decoder, gguf
+from qwen_jax.models import decode, decoder, gguf, hf_config
 from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.models import spec as spec_lib
 
@@ -68,9 +68,14 @@ def load_model(path: str, dtype: str = "float32") -> Model:
             f"{folder} is a run folder: give --model {folder}/export, or make a model "
             f"of its newest checkpoint with `qwen-jax convert {folder} DIR`"
         )
-    spec, params = models.load(folder, dtype=dtype)
-    is_gguf = gguf.is_gguf(folder)
-    vocabulary = gguf.tokenizer(folder) if is_gguf else tokenizer.load(folder)
+    if gguf.is_gguf(folder):
+        vocabulary = gguf.tokenizer(folder)
+        spec, params = models.load(folder, dtype=dtype)
+    else:
+        told = hf_config.spec_from_config(hf_config.read_config(folder))
+        vocabulary = tokenizer.load(folder)
+        checks.ids_fit(vocabulary, told, folder)
+        spec, params = models.load(folder, dtype=dtype)
     advised, ends = _advised(folder / "generation_config.json", spec.vocab_size)
     stop_ids = tuple(dict.fromkeys((*spec.eos_ids, *ends))) or (vocabulary.eos_id,)
     own = vocabulary.settings.get("chat_template")

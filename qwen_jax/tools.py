@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small verbs: generate from a model folder, preview training data, convert.
+"""The small verbs: generate from a model folder, preview training data.
 
 `generate` prints the continuation of each prompt; `preview` shows the first packed rows
-of an experiment; `convert` writes a Hugging Face folder from a run's checkpoint (read
-only: the run may be training), from another model folder or from a GGUF file.
+of an experiment.
 Raises: config.InputError for what is missing or does not fit.
 """
 
@@ -15,25 +14,9 @@ import sys
 import tempfile
 from typing import Any
 
-import jax
-
-from qwen_jax import (
-    checks,
-    config,
-    experiment,
-    export,
-    main,
-    mesh,
-    models,
-    params,
-    talk,
-)
-from qwen_jax.checkpoint import manager
-from qwen_jax.data import chat, corpus, loader, preview, reply, source, tokenizer
-from qwen_jax.models import decode, decoder, gguf
-from qwen_jax.models import spec as spec_lib
-
-DTYPES = ("float32", "bfloat16", "float16")
+from qwen_jax import checks, config, convert, experiment, main, talk
+from qwen_jax.data import chat, corpus, loader, preview, reply, source
+from qwen_jax.models import decode
 
 
 def check_dtype(dtype: str) -> None:
@@ -42,8 +25,10 @@ def check_dtype(dtype: str) -> None:
     Raises:
       config.InputError: naming the nearest.
     """
-    if dtype not in DTYPES:
-        raise config.InputError(f"--dtype {dtype!r}{config.nearest(dtype, DTYPES)}")
+    if dtype not in convert.DTYPES:
+        raise config.InputError(
+            f"--dtype {dtype!r}{config.nearest(dtype, convert.DTYPES)}"
+        )
 
 
 def sampling_flags(args: argparse.Namespace) -> dict[str, Any]:
@@ -153,52 +138,3 @@ def preview_data(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
     print(preview.render(batch, vocabulary, counts, num_rows=args.rows, color=color))
     return 0
-
-
-def convert(args: argparse.Namespace) -> int:
-    """`qwen-jax convert`: a run, model folder or GGUF file -> a Hugging Face folder."""
-    if args.dtype:
-        check_dtype(args.dtype)
-    origin, target = pathlib.Path(args.source), pathlib.Path(args.target)
-    if target.resolve() == origin.resolve():
-        raise config.InputError(f"{target} is the source itself: name another folder")
-    if (origin / "run.json").is_file():
-        spec, weights, vocabulary, what = _of_run(origin, args.step)
-    else:
-        if args.step >= 0:
-            raise config.InputError(f"--step is for run folders, {origin} is none")
-        spec, weights = models.load(origin)
-        vocabulary, what = _tokenizer_of(origin), str(origin)
-    if vocabulary is None:
-        models.save(spec, weights, target, dtype=args.dtype or None)
-    else:
-        # A published model ends answers with ids that end no document, or several.
-        keep_ids = not (origin / "run.json").is_file()
-        export.write(
-            spec, weights, vocabulary, target, args.dtype or None, keep_ids=keep_ids
-        )
-    print(f"{what} -> {target} ({params.count(weights):,} weights)")
-    return 0
-
-
-def _tokenizer_of(folder: pathlib.Path) -> tokenizer.Tokenizer | None:
-    if gguf.is_gguf(folder):
-        return gguf.tokenizer(folder)
-    if not (folder / "tokenizer.json").is_file():
-        print(f"{folder} has no tokenizer.json: only weights are written")
-        return None
-    return tokenizer.load(folder)
-
-
-def _of_run(folder: pathlib.Path, step: int) -> tuple[spec_lib.Spec, Any, Any, str]:
-    """(spec, weights, tokenizer, what it is) of a run's checkpoint."""
-    stored = manager.Manager(folder / "checkpoints", read_only=True)
-    meta = stored.read_meta(step if step >= 0 else None)
-    exp = config.freeze(experiment.Experiment, meta["config"])
-    one = mesh.make(mesh.MeshConfig(), jax.devices()[:1])
-    tree = decoder.decoder_params(exp.model)
-    layout = params.shardings(tree, one, exp.rules)
-    target = {"params": params.abstract(tree, exp.model.param_dtype, layout)}
-    kept, meta = stored.restore(target, meta["step"], subset=True)
-    vocabulary = tokenizer.load(folder / "tokenizer")
-    return exp.model, kept["params"], vocabulary, f"step {meta['step']} of {folder}"

@@ -23,10 +23,10 @@ ORDER = [
     *[(name,) for name in ("data", "multitask", "curate", "quant", "models", "optim")],
     *[(name,) for name in ("plan", "fabric", "train", "graph", "rl", "eval")],
     *[(name,) for name in ("checkpoint", "fault", "serve", "platform")],
-    ("report", "doctor"),
+    ("report", "doctor", "pull"),
     # main and its neighbours, which may import everything above and each other
     ("experiment", "prepare", "checks", "export", "session", "main", "dryrun")
-    + ("talk", "tools", "terminal"),
+    + ("talk", "convert", "tools", "terminal"),
     ("bench",),  # measures whole runs too
     ("cli",),
     ("__main__",),

@@ -2,9 +2,11 @@
 """generate, convert and data preview say what the model, the checkpoint and the loader
 have."""
 
+import dataclasses
 import io
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from qwen_jax import cli, experiment, models, tools
+from qwen_jax import cli, convert, experiment, models, tools
 from qwen_jax.checkpoint import manager
 from qwen_jax.data import loader, tokenizer
 from tests import runs
@@ -206,6 +208,73 @@ def test_a_model_folder_without_a_tokenizer_gives_its_weights(call, run, tmp_pat
     call("convert", tmp_path / "bare", tmp_path / "half", "--dtype=bfloat16")
     assert dtypes(tmp_path / "half") == {jnp.dtype("bfloat16")}
     assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_what_goes_with_a_model_travels_as_it_is(call, run, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(run / "export", source)
+    (source / "chat_template.jinja").write_text("{{ messages }} as published")
+    (source / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    (source / "modeling_x.py").write_text("raise SystemExit")
+    call("convert", source, tmp_path / "out", "--shard_bytes=20000")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "out" / "modeling_x.py").exists()
+    assert equal(models.load(tmp_path / "out")[1], models.load(source)[1])
+    # The same command may be given again, also with files of another size.
+    call("convert", source, tmp_path / "out", "--dtype=bfloat16")
+    assert dtypes(tmp_path / "out") == {jnp.dtype("bfloat16")}
+    assert not list((tmp_path / "out").glob("model-*"))
+
+
+def test_a_folder_of_something_else_is_not_written_to(capsys, call, run, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    told = refused(capsys, "convert", run / "export", other)
+    assert "holds something else (thesis.txt): name a new folder" in told
+    assert [p.name for p in other.iterdir()] == ["thesis.txt"]
+    wider = dataclasses.replace(models.load(run / "export")[0], ffn_width=32)
+    models.save(wider, models.init(wider), tmp_path / "wider")
+    before = runs.contents(tmp_path / "wider")
+    for source in (run, run / "export"):
+        told = refused(capsys, "convert", source, tmp_path / "wider")
+        assert "holds another model" in told
+    assert runs.contents(tmp_path / "wider") == before
+    assert "is a file" in refused(capsys, "convert", run, other / "thesis.txt")
+
+
+def test_the_other_way_is_told(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "a run begins with the weights of a model folder by" in words
+    assert "--config.train.init_from=DIR" in words
+
+
+def test_progress_tells_the_rest_of_a_large_model(capsys):
+    now = [0.0]
+    say = convert.progress(lambda: now[0])
+    for now[0], done in ((0.5, 1), (2.0, 2), (2.5, 3), (8.0, 8)):
+        say(done * 10**9, 8 * 10**9)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "2.0 of 8.0 GB, 1,000 MB/s, 6 s left"
+    assert lines[1:] == ["8.0 of 8.0 GB, 1,000 MB/s, 0 s left"]
+    say(10, 20)  # a small one is there at once
+    assert not capsys.readouterr().err
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(capsys, run, tmp_path):
+    """Before any weight is read: these are not even there."""
+    shutil.copytree(run / "export", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    raw = json.loads(path.read_text()) | {"vocab_size": 300}
+    path.write_text(json.dumps(raw))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    words = ["generate", f"--model={tmp_path / 'model'}", "--prompt=a"]
+    told = refused(capsys, *words)
+    assert "has ids up to 319, its model a vocabulary of 300" in told
 
 
 def test_what_cannot_be_converted_is_told(capsys, run, tmp_path):

@@ -21,11 +21,14 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
-from qwen_jax import config, mesh
+from qwen_jax import config, mesh, params
 from qwen_jax.data import tokenizer as tokenizer_lib
 from qwen_jax.models import (
+    decoder,
     gguf_blocks,
     gguf_file,
     gguf_vocabulary,
@@ -138,7 +141,7 @@ def load(
             f"{header.path}: {len(left)} tensors belong to no weight of a "
             f"{spec.family} model that this decoder knows: {', '.join(left[:5])[:200]}"
         )
-    return spec, hf.fill(spec, tensors, table(spec), device_mesh, rules)
+    return spec, _fill(spec, tensors, device_mesh, rules)
 
 
 def tokenizer(path: str | os.PathLike) -> tokenizer_lib.Tokenizer:
@@ -153,6 +156,65 @@ def tokenizer(path: str | os.PathLike) -> tokenizer_lib.Tokenizer:
 def template(path: str | os.PathLike) -> str | None:
     """The chat template of a GGUF file: Jinja, not to be trusted. None without one."""
     return gguf_file.read(path).fact("tokenizer.chat_template", str)
+
+
+def _fill(
+    spec: spec_lib.Spec,
+    tensors: "_Tensors",
+    device_mesh: jax.sharding.Mesh | None,
+    rules: mesh.Rules | None,
+) -> dict[str, Any]:
+    """Parameters from the file's tensors, one weight of ours at a time."""
+    tree, layout = decoder.decoder_params(spec), None
+    if device_mesh is not None:
+        layout = params.shardings(tree, device_mesh, rules or mesh.Rules())
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=params.is_param)
+    places = jax.tree.leaves(layout) if layout is not None else [None] * len(flat)
+    leaves, known = [], table(spec)
+    for (path, p), place in zip(flat, places, strict=True):
+        key = ".".join(str(part.key) for part in path)
+        host = _read(tensors, known, key, p, spec)
+        if place is None:
+            leaves.append(jax.device_put(host))
+            continue
+        # device_put would compare whole arrays between processes, in device memory.
+        leaves.append(jax.make_array_from_callback(host.shape, place, host.__getitem__))
+    return treedef.unflatten(leaves)
+
+
+def _read(
+    tensors: "_Tensors",
+    table: dict[str, names.Tensor],
+    key: str,
+    p: params.Param,
+    spec: spec_lib.Spec,
+) -> Any:
+    """One weight of ours from its tensors, stacked where ours is."""
+    tensor = table[key]
+    pattern = dict(tensor.parts)[key]
+    known = names.axes(pattern, names.sizes(spec, key))
+    cut = names.cuts(tensor, spec)[key]
+    dtype = jnp.dtype(spec.param_dtype)
+    places = names.places(tensor, key, spec)
+    if places == [(tensor.name, ())] and not tensor.view and len(tensor.parts) == 1:
+        whole = rearrange(tensors.get(tensor.name), pattern, **known)
+        return whole.astype(dtype, copy=False)  # the tables: no second copy of them
+    out = np.empty(p.shape, dtype)
+    for full, place in places:
+        there = _brought_out(tensors.get(full), tensor, spec)
+        there = there[(slice(None),) * tensor.dim + (cut,)]
+        out[place] = rearrange(there, pattern, **known).astype(out.dtype)
+    return out
+
+
+def _brought_out(there: np.ndarray, tensor: names.Tensor, spec: spec_lib.Spec) -> Any:
+    """A tensor in the form that its parts are cut from."""
+    if not tensor.view:
+        return there
+    key, pattern = tensor.parts[0]
+    left = tensor.view.partition(" -> ")[2].split()
+    known = names.axes(pattern, names.sizes(spec, key))
+    return rearrange(there, tensor.view, **{x: known[x] for x in left if x in known})
 
 
 class _Tensors:

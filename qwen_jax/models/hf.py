@@ -6,27 +6,35 @@ config.json; what `save` writes, transformers loads.
 
 Formats: `model.safetensors`, or shards with `model.safetensors.index.json`.
 Invariants: every tensor of the files is used once or is listed as one to ignore; every
-weight of the model is filled. One stacked weight is built at a time.
+weight of the model is filled. Reading takes no more host memory than `streaming.py`
+says, writing a tensor at a time.
 Raises: config.InputError for a folder without weights, a missing, surplus or misshapen
 tensor; no code from the folder is run.
 """
 
 import dataclasses
-import json
+import itertools
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from einops import rearrange
 
 from qwen_jax import config, mesh, params
-from qwen_jax.models import decoder, hf_config, hf_parts, names
+from qwen_jax.models import (
+    decoder,
+    hf_config,
+    hf_parts,
+    json_files,
+    names,
+    streaming,
+    tensor_files,
+    tensor_writer,
+)
 from qwen_jax.models import spec as spec_lib
 
 # Buffers that some checkpoints carry and no model needs.
@@ -40,54 +48,39 @@ class _Tensors:
     """The tensors of a folder's safetensors files, by name, read on demand."""
 
     def __init__(self, folder: pathlib.Path):
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise config.InputError(
-                f"{folder} has no *.safetensors files (weights in pickle form are not "
-                "read; convert them with the library that wrote them)"
-            )
-        self._where = {}
-        self._open = {}
-        self.bare = False
-        for path in paths:
-            try:
-                handle = safetensors.safe_open(path, framework="numpy")
-            except (safetensors.SafetensorError, OSError) as error:
+        self.entries, self.bare = {}, False
+        for entry in tensor_files.entries(folder):
+            # The text part of a vision-language model has a prefix of its own.
+            name = entry.name.replace("model.language_model.", "model.", 1)
+            name = name.removeprefix("language_model.")  # as in Qwen2-Audio
+            if name in self.entries:
                 raise config.InputError(
-                    f"{path} cannot be read as safetensors: {error}; it may be cut off "
-                    "or a stand-in of a version control system: copy it anew"
-                ) from error
-            self._open[path] = handle
-            for there in handle.keys():
-                # The text part of a vision-language model has a prefix of its own.
-                name = there.replace("model.language_model.", "model.", 1)
-                name = name.removeprefix("language_model.")  # as in Qwen2-Audio
-                if name in self._where:
-                    raise config.InputError(
-                        f"tensor {name!r} is in {self._where[name][0].name} and in "
-                        f"{path.name}"
-                    )
-                self._where[name] = path, there
-        if "embed_tokens.weight" in self._where:  # the folder of a model without head
-            self._where = {hf_parts.whole_name(k): v for k, v in self._where.items()}
+                    f"{folder} has tensor {name!r} twice, once as {entry.name!r}"
+                )
+            self.entries[name] = entry
+        if "embed_tokens.weight" in self.entries:  # of a model without head
+            whole = hf_parts.whole_name
+            self.entries = {whole(k): v for k, v in self.entries.items()}
             self.bare = True
-        self.names = set(self._where)
+        self.names = set(self.entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape, from the file's header."""
-        if name not in self._where:
+        """The tensor's shape; refuses what is quantized."""
+        entry = self.entry(name)
+        entry.numpy_dtype()
+        return entry.shape
+
+    def entry(self, name: str) -> tensor_files.Entry:
+        """Where a tensor lies and what it is, from its file's header."""
+        if name not in self.entries:
+            short = [x for x in itertools.islice(self.entries, 500) if len(x) < 200]
+            near = config.nearest(name, short)
             raise config.InputError(
                 f"the model files have no tensor {name!r}"
-                f"{config.nearest(name, list(self._where)[:500])}; the folder is of "
-                "another model than its config.json, or not whole"
+                f"{near if 'did you mean' in near else ''}; the folder is of another "
+                "model than its config.json, or not whole"
             )
-        path, there = self._where[name]
-        return tuple(self._open[path].get_slice(there).get_shape())
-
-    def get(self, name: str) -> np.ndarray:
-        """The tensor."""
-        path, there = self._where[name]
-        return self._open[path].get_tensor(there)
+        return self.entries[name]
 
 
 def read_spec(folder: str | pathlib.Path, **changes: Any) -> spec_lib.Spec:
@@ -148,10 +141,11 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
         )
     left = [n for n in left if not n.startswith(others)]
     if left:
+        some = ", ".join(json_files.shown(name) for name in sorted(left)[:5])
         raise config.InputError(
-            f"{folder}: {len(left)} tensors belong to no weight of a "
-            f"{spec.family} model: {', '.join(sorted(left)[:5])}; check model_type and "
-            "tie_word_embeddings in its config.json"
+            f"{folder}: {len(left)} tensors belong to no weight of a {spec.family} "
+            f"model: {some}; check model_type and tie_word_embeddings in its "
+            "config.json"
         )
     return tensors
 
@@ -218,71 +212,73 @@ def load(
     spec = read_spec(folder, **changes)
     tensors = check(folder, spec)
     table = _table(tensors, spec)
-    return spec, fill(spec, tensors, table, device_mesh, rules)
+    return spec, _fill(spec, tensors, table, device_mesh, rules)
 
 
-def fill(
+def _fill(
     spec: spec_lib.Spec,
-    tensors: Any,
+    tensors: _Tensors,
     table: dict[str, names.Tensor],
     device_mesh: jax.sharding.Mesh | None = None,
     rules: mesh.Rules | None = None,
 ) -> dict[str, Any]:
-    """Parameters from `tensors.get(name)` by a name map; one weight at a time."""
+    """Parameters from files by a name map, streamed onto their devices."""
     tree = decoder.decoder_params(spec)
     layout = None
     if device_mesh is not None:
         layout = params.shardings(tree, device_mesh, rules or mesh.Rules())
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=params.is_param)
     places = jax.tree.leaves(layout) if layout is not None else [None] * len(flat)
-    leaves = []
+    stacks, jobs = [], []
     for (path, p), place in zip(flat, places, strict=True):
-        host = _read(tensors, table, _key(path), p, spec)
-        if place is None:
-            leaves.append(jax.device_put(host))
-            continue
-        # device_put would compare whole arrays between processes, in device memory.
-        leaves.append(jax.make_array_from_callback(host.shape, place, host.__getitem__))
-    return treedef.unflatten(leaves)
+        key = _key(path)
+        stacks.append(streaming.Stack(p.shape, spec.param_dtype, place))
+        jobs += [
+            streaming.Job(tensors.entry(full), table[key], key, spec, stacks[-1], at)
+            for full, at in names.places(table[key], key, spec)
+        ]
+    streaming.fill(jobs)
+    return treedef.unflatten([stack.array() for stack in stacks])
+
+
+class Lazy:
+    """A weight that stays in its files: `weight[place]` reads that one tensor of it."""
+
+    def __init__(self, p: params.Param, dtype: str, jobs: dict[tuple, streaming.Job]):
+        self.shape, self.dtype, self._jobs = p.shape, jnp.dtype(dtype), jobs
+
+    def __getitem__(self, place: tuple[int, ...]) -> jax.Array:
+        shape = self.shape[len(place) :]
+        stack = streaming.Stack(shape, self.dtype, None)
+        job = dataclasses.replace(self._jobs[place], stack=stack, place=())
+        streaming.fill([job])
+        return stack.array()
+
+
+def lazily(folder: str | pathlib.Path) -> tuple[spec_lib.Spec, dict[str, Any]]:
+    """Spec and parameters of a folder as `load` gives them, each a `Lazy`, for `save`.
+
+    Raises:
+      config.InputError: see the module docstring.
+    """
+    spec = read_spec(folder)
+    tensors = check(folder, spec)
+    table = _table(tensors, spec)
+
+    def one(path: Any, p: params.Param) -> Lazy:
+        key = _key(path)
+        jobs = {
+            at: streaming.Job(tensors.entry(full), table[key], key, spec)
+            for full, at in names.places(table[key], key, spec)
+        }
+        return Lazy(p, spec.param_dtype, jobs)
+
+    tree = decoder.decoder_params(spec)
+    return spec, jax.tree_util.tree_map_with_path(one, tree, is_leaf=params.is_param)
 
 
 def _key(path: Any) -> str:
     return ".".join(str(part.key) for part in path)
-
-
-def _read(
-    tensors: _Tensors,
-    table: dict[str, names.Tensor],
-    key: str,
-    p: params.Param,
-    spec: spec_lib.Spec,
-) -> Any:
-    """One weight of ours from its tensors, stacked where ours is."""
-    tensor = table[key]
-    pattern = dict(tensor.parts)[key]
-    known = names.axes(pattern, names.sizes(spec, key))
-    cut = names.cuts(tensor, spec)[key]
-    dtype = jnp.dtype(spec.param_dtype)
-    places = names.places(tensor, key, spec)
-    if places == [(tensor.name, ())] and not tensor.view and len(tensor.parts) == 1:
-        whole = rearrange(tensors.get(tensor.name), pattern, **known)
-        return whole.astype(dtype, copy=False)  # the tables: no second copy of them
-    out = np.empty(p.shape, dtype)
-    for full, place in places:
-        there = _brought_out(tensors.get(full), tensor, spec)
-        there = there[(slice(None),) * tensor.dim + (cut,)]
-        out[place] = rearrange(there, pattern, **known).astype(out.dtype)
-    return out
-
-
-def _brought_out(there: np.ndarray, tensor: names.Tensor, spec: spec_lib.Spec) -> Any:
-    """A tensor in the form that its parts are cut from."""
-    if not tensor.view:
-        return there
-    key, pattern = tensor.parts[0]
-    left = tensor.view.partition(" -> ")[2].split()
-    known = names.axes(pattern, names.sizes(spec, key))
-    return rearrange(there, tensor.view, **{x: known[x] for x in left if x in known})
 
 
 def save(
@@ -292,20 +288,22 @@ def save(
     *,
     dtype: str | None = None,
     shard_bytes: int = 5_000_000_000,
+    say: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write config.json and safetensors that transformers loads.
 
     Args:
       spec: the model.
       weights: stacked parameters, on any mesh; every process calls, the first writes.
-      folder: made if missing; files of the same names are replaced.
+      folder: made if missing; files of the same names are replaced, all at the end.
       dtype: of the tensors; None keeps the parameters' own.
       shard_bytes: largest file; above it the weights go to several with an index.
+      say: told the bytes written and their sum as they grow.
     Raises:
       config.InputError: config.json cannot tell what the Spec computes.
+      OSError: from the disk; the folder is then as it was.
     """
     hf_config.check_spec(spec)
-    folder = pathlib.Path(folder)
     fused = hf_config.FAMILIES[spec.family].fused
     named = (
         (hf_parts.saved_name(spec, name), tensor)
@@ -315,51 +313,61 @@ def save(
         for _ in named:  # takes part in the gathers
             continue
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("model*.safetensors*"):
-        stale.unlink()
-    shards, total = _write_shards(named, folder, shard_bytes)
-    if len(shards) == 1:
-        (folder / shards[0][0]).rename(folder / "model.safetensors")
-    else:
-        index = {"metadata": {"total_size": total}, "weight_map": {}}
-        for i, (temporary, held) in enumerate(shards):
-            final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            (folder / temporary).rename(folder / final)
-            index["weight_map"] |= dict.fromkeys(held, final)
-        text = json.dumps(index, indent=1, sort_keys=True)
-        (folder / "model.safetensors.index.json").write_text(text)
-    raw = hf_config.config_of(spec)
-    raw["torch_dtype"] = dtype or spec.param_dtype
-    (folder / "config.json").write_text(
-        json.dumps(raw, indent=2, sort_keys=True) + "\n"
-    )
+    leaves = _leaves(weights)
+    planned = [
+        tensor_writer.Planned(
+            hf_parts.saved_name(spec, full),
+            names.shape(tensor, spec),
+            dtype or jnp.dtype(leaves[tensor.parts[0][0]].dtype).name,
+        )
+        for tensor, full, _ in _order(leaves, spec, fused)
+    ]
+    raw = hf_config.config_of(spec) | {"torch_dtype": dtype or spec.param_dtype}
+    try:
+        tensor_writer.publish(
+            pathlib.Path(folder), planned, named, raw, shard_bytes=shard_bytes, say=say
+        )
+    except OSError:
+        if jax.process_count() > 1:
+            for _ in named:  # the others wait in the gathers
+                continue
+        raise
+
+
+def _leaves(weights: Any) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(weights)
+    return {_key(path): leaf for path, leaf in flat}
+
+
+def _order(
+    leaves: dict[str, Any], spec: spec_lib.Spec, fused: bool
+) -> list[tuple[names.Tensor, str, tuple]]:
+    """[(tensor, name there, place in ours)] in the order of a folder's files."""
+    table = names.table(spec, fused=fused)
+    tensors = dict.fromkeys(table[key] for key in leaves)  # some hold several weights
+    return [
+        (tensor, full, place)
+        for tensor in tensors
+        for full, place in names.places(tensor, tensor.parts[0][0], spec)
+    ]
 
 
 def named_tensors(
     spec: spec_lib.Spec, weights: Any, *, fused: bool, dtype: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name there, tensor) one at a time; `fused`: all experts in one tensor."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(weights)
-    leaves = {_key(path): leaf for path, leaf in flat}
-    table = names.table(spec, fused=fused)
-    done = set()
-    for key in leaves:
-        tensor = table[key]
-        if tensor.name in done:
-            continue
-        done.add(tensor.name)
-        for full, place in names.places(tensor, key, spec):
-            parts = [
-                _back(_to_host(leaves[part][place]), pattern, names.sizes(spec, part))
-                for part, pattern in tensor.parts
-            ]
-            host = parts[0] if len(parts) == 1 else np.concatenate(parts, tensor.dim)
-            if tensor.view:
-                host = rearrange(host, " -> ".join(reversed(tensor.view.split(" -> "))))
-            if dtype:
-                host = host.astype(jnp.dtype(dtype))
-            yield full, np.ascontiguousarray(host)
+    leaves = _leaves(weights)
+    for tensor, full, place in _order(leaves, spec, fused):
+        parts = [
+            _back(_to_host(leaves[part][place]), pattern, names.sizes(spec, part))
+            for part, pattern in tensor.parts
+        ]
+        host = parts[0] if len(parts) == 1 else np.concatenate(parts, tensor.dim)
+        if tensor.view:
+            host = rearrange(host, " -> ".join(reversed(tensor.view.split(" -> "))))
+        if dtype:
+            host = host.astype(jnp.dtype(dtype))
+        yield full, np.ascontiguousarray(host)
 
 
 def _back(part: np.ndarray, pattern: str, known: dict[str, int]) -> np.ndarray:
@@ -374,24 +382,3 @@ def _to_host(x: Any) -> np.ndarray:
 
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
-
-
-def _write_shards(named, folder, shard_bytes):
-    """Safetensors files of at most shard_bytes: [(file, names)], total bytes."""
-    shards, pending, size, total = [], {}, 0, 0
-
-    def flush():
-        nonlocal pending, size
-        name = f"model-{len(shards):05d}.safetensors.partial"
-        safetensors.numpy.save_file(pending, folder / name, metadata={"format": "pt"})
-        shards.append((name, list(pending)))
-        pending, size = {}, 0
-
-    for name, tensor in named:
-        if pending and size + tensor.nbytes > shard_bytes:
-            flush()
-        pending[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    return shards, total

@@ -10,13 +10,12 @@ Spec that its own config.json could not tell.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
 
 from qwen_jax import config
-from qwen_jax.models import hf_parts
+from qwen_jax.models import config_checks, hf_parts, json_files
 from qwen_jax.models import spec as spec_lib
 
 
@@ -85,6 +84,7 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
     Raises:
       config.InputError: an architecture or option this decoder does not have.
     """
+    config_checks.weights_and_code(raw)
     if isinstance(raw.get("text_config"), dict):  # the text part of a larger model
         known = _QWEN2_AUDIO if raw.get("model_type") == "qwen2_audio" else {}
         whole = ("tie_word_embeddings", "architectures", "pad_token_id")
@@ -93,24 +93,21 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
             | {k: raw.get(k) for k in whole}
             | {k: v for k, v in raw["text_config"].items() if v is not None}
         )
+    raw = {k: v for k, v in raw.items() if v is not None}
+    config_checks.check(raw)
     family = raw.get("model_type", "").removesuffix("_text")
     if family not in FAMILIES:
         raise config.InputError(
-            f"model_type {family!r} in config.json is not supported"
+            f"model_type {json_files.shown(family)} in config.json is not supported"
             f"{config.nearest(family, FAMILIES)}"
         )
     known = FAMILIES[family]
     if raw.get("hidden_act", "silu") != "silu":
         raise config.InputError(f"hidden_act {raw['hidden_act']!r}: wanted 'silu'")
+    _need(raw, REQUIRED)
     sparse, dense_layers = _sparse(raw, known)
-    every = not sparse or dense_layers
-    required = (*REQUIRED, *(("intermediate_size",) if every else ()))
-    missing = [key for key in required if not isinstance(raw.get(key), int)]
-    if missing:
-        raise config.InputError(
-            f"config.json lacks {', '.join(missing)}: wanted whole numbers; is it the "
-            "file of a whole language model?"
-        )
+    if not sparse or dense_layers:
+        _need(raw, ("intermediate_size",))
     heads = raw["num_attention_heads"]
     theta, scaling = _rope(raw)
     eos = raw.get("eos_token_id")
@@ -162,6 +159,15 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
     return config.freeze(spec_lib.Spec, values | changes, at="model")
 
 
+def _need(raw: dict[str, Any], fields: tuple[str, ...]) -> None:
+    missing = [key for key in fields if key not in raw]
+    if missing:
+        raise config.InputError(
+            f"config.json lacks {', '.join(missing)}: wanted whole numbers; is it the "
+            "file of a whole language model?"
+        )
+
+
 def _sparse(
     raw: dict[str, Any], known: Family
 ) -> tuple[dict[str, Any] | None, tuple[int, ...]]:
@@ -173,11 +179,7 @@ def _sparse(
     if raw.get("num_experts") == 0:
         return None, ()
     keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-    missing = [key for key in keys if not isinstance(raw.get(key), int)]
-    if missing:
-        raise config.InputError(
-            f"config.json lacks {', '.join(missing)}: wanted whole numbers"
-        )
+    _need(raw, keys)
     step, alone = raw.get("decoder_sparse_step") or 1, raw.get("mlp_only_layers") or []
     dense = tuple(
         i for i in range(raw["num_hidden_layers"]) if i in alone or (i + 1) % step != 0
@@ -214,7 +216,8 @@ def _mixers(
     wrong = [kind for kind in kinds if kind not in known_kinds]
     if wrong or len(kinds) != layers:
         raise config.InputError(
-            f"layer_types {kinds}: wanted {layers} of {', '.join(known_kinds)}"
+            f"layer_types {json_files.shown(kinds)}: wanted {layers} of "
+            f"{', '.join(known_kinds)}"
         )
     mixers = tuple(known_kinds[kind] for kind in kinds)
     period = next(
@@ -244,6 +247,7 @@ def _rope(raw: dict[str, Any]) -> tuple[float, spec_lib.RopeScaling | None]:
     old = raw.get("rope_scaling") or {}
     theta = new.get("rope_theta") or raw.get("rope_theta") or 10_000.0
     settings = new or old
+    settings = {k: v for k, v in settings.items() if v is not None}
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if kind == "default":
         return theta, None
@@ -292,7 +296,8 @@ def _window(raw: dict[str, Any]) -> tuple[int, int]:
     full = next((i for i, x in enumerate(kinds) if x != "full_attention"), layers)
     if any(x != "sliding_attention" for x in kinds[full:]):
         raise config.InputError(
-            f"layer_types {kinds}: wanted full layers first, then sliding ones"
+            f"layer_types {json_files.shown(kinds)}: wanted full layers first, "
+            "then sliding ones"
         )
     return (window, full) if full < layers else (0, 0)
 
@@ -423,6 +428,11 @@ def check_spec(spec: spec_lib.Spec) -> None:
     )
 
 
+def same_function(one: spec_lib.Spec, other: spec_lib.Spec) -> bool:
+    """Whether two Specs compute the same of the same weights."""
+    return _function(one) == _function(other)
+
+
 def _told_otherwise(spec: spec_lib.Spec) -> dict[str, tuple[Any, Any]]:
     """{field: (here, as read from config_of)} where the function differs."""
     here, there = map(_function, (spec, spec_from_config(config_of(spec))))
@@ -478,14 +488,10 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         single = sorted(x.name for x in folder.glob("*.gguf"))
         hint = f"; or give one of its GGUF files: {', '.join(single[:9])}"
+        begun = any(folder.glob("*.partial"))
         raise config.InputError(
             f"{folder} has no config.json: wanted a Hugging Face model folder "
             f"(config.json and *.safetensors){hint if single else ''}"
+            + ("; one was being written here: write it again" if begun else "")
         )
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise config.InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise config.InputError(f"{path} holds no JSON object, which it should")
-    return raw
+    return json_files.read(path)

@@ -248,15 +248,33 @@ def cuts(tensor: Tensor, spec: spec_lib.Spec) -> dict[str, slice]:
 
 def shape(tensor: Tensor, spec: spec_lib.Spec) -> tuple[int, ...]:
     """The shape of a tensor there."""
-    key, pattern = tensor.parts[0]
-    known = sizes(spec, key)
-    there = _shape(pattern.partition(" -> ")[0], known)
-    there[tensor.dim] = max(cut.stop for cut in cuts(tensor, spec).values())
+    there = view_shape(tensor, spec)
     if not tensor.view:
-        return tuple(there)
+        return there
     left, _, right = tensor.view.partition(" -> ")
     letters = dict(zip(right.split(), there, strict=True))
     return tuple(_shape(left, letters))
+
+
+def sides(tensor: Tensor, key: str) -> list[list[list[str]]]:
+    """The letters of each dim of a weight's cut there, and of the weight of ours."""
+    return [_dims(side) for side in dict(tensor.parts)[key].split(" -> ")]
+
+
+def view_shape(tensor: Tensor, spec: spec_lib.Spec) -> tuple[int, ...]:
+    """The shape of a tensor there in the form that its parts are cut from."""
+    key, first = tensor.parts[0]
+    there = _shape(first.partition(" -> ")[0], sizes(spec, key))
+    there[tensor.dim] = max(cut.stop for cut in cuts(tensor, spec).values())
+    return tuple(there)
+
+
+def window(
+    tensor: Tensor, key: str, spec: spec_lib.Spec
+) -> tuple[tuple[int, int], ...]:
+    """(start, stop) in each dim of what one tensor holds of a weight: all of it."""
+    right = dict(tensor.parts)[key].partition(" -> ")[2]
+    return tuple((0, size) for size in _shape(right, sizes(spec, key)))
 
 
 def owners(key: str, spec: spec_lib.Spec) -> tuple[int, ...]:
