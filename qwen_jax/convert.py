@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`qwen-jax convert`: a run's checkpoint, model folder or GGUF file to a folder.
 
-The folder is a Hugging Face one. A run is only read, it may be training. A model folder is read and written a tensor at a
-time, so a model larger than memory goes through; its tokenizer, template and generation
-settings travel along as they are. The other way needs no files: a run begins with a
-Hugging Face folder directly (`--config.train.init_from=DIR`).
+The folder is a Hugging Face one. A run is only read, it may be training. A model folder
+is read and written a tensor at a time, so a model larger than memory goes through; its
+tokenizer, template and generation settings travel along as they are. The other way
+needs no files: a run begins with a Hugging Face folder directly
+(`--config.train.init_from=DIR`).
 
 Formats: see `models/hf.py`. Files of the target change their names at the end, so an
 interrupted command leaves it as it was, and the same command may be given again.

@@ -42,7 +42,11 @@ COUNTS = {
     "linear_conv_kernel_dim": (2, 1024),
     "bos_token_id": (0, 1 << 31),
     "pad_token_id": (-1, 1 << 31),
+    "num_labels": (1, 1 << 20),
+    "mtp_num_hidden_layers": (0, 64),
+    "num_nextn_predict_layers": (0, 64),
 }
+CHUNKS = ("chunk_size", "local_size", "original_max_position_embeddings")
 NUMBERS = {
     "rope_theta": (1e-3, 1e15),
     "rms_norm_eps": (0.0, 1.0),
@@ -65,6 +69,7 @@ SWITCHES = (
     "norm_topk_prob",
     "attention_bias",
     "qkv_bias",
+    "token_classification_bias",
 )
 WORDS = ("model_type", "hidden_act", "dtype", "torch_dtype", "output_gate_type")
 MAX_EXPERTS = 1 << 18  # of all layers together
@@ -88,6 +93,12 @@ def check(raw: dict[str, Any]) -> None:
         _word(raw.get(field), field)
     for field in ("rope_parameters", "rope_scaling"):
         _rope(raw.get(field), field)
+    for field in ("dual_chunk_attention_config", "id2label"):
+        _group(raw.get(field), field)
+    for key in CHUNKS:
+        value = (raw.get("dual_chunk_attention_config") or {}).get(key)
+        _whole(value, 0, 1 << 30, f"dual_chunk_attention_config.{key}")
+    _list(raw.get("architectures"), str, 16, "architectures")
     layers = raw.get("num_hidden_layers") or 1
     _list(raw.get("layer_types"), str, layers, "layer_types")
     _list(raw.get("mlp_only_layers"), int, layers, "mlp_only_layers")
@@ -147,8 +158,7 @@ def weights_and_code(raw: dict[str, Any]) -> None:
 
 
 def _rope(settings: Any, field: str) -> None:
-    if not isinstance(settings, dict | None):
-        raise _refused(settings, field, "a group of keys")
+    _group(settings, field)
     for key, (least, most) in ROPE.items():
         _number((settings or {}).get(key), least, most, f"{field}.{key}")
     for key, (least, most) in ROPE_COUNTS.items():
@@ -157,6 +167,11 @@ def _rope(settings: Any, field: str) -> None:
         _word((settings or {}).get(key), f"{field}.{key}")
     if not isinstance((settings or {}).get("truncate"), bool | None):
         raise _refused(settings["truncate"], f"{field}.truncate", "true or false")
+
+
+def _group(value: Any, field: str) -> None:
+    if not isinstance(value, dict | None):
+        raise _refused(value, field, "a group of keys")
 
 
 def _word(value: Any, field: str) -> None:

@@ -61,7 +61,7 @@ def read(raw: dict[str, Any], family: str) -> dict[str, Any]:
     name = (raw.get("architectures") or [""])[0]
     out = {"pad_id": raw.get("pad_token_id"), "dual_chunk": None}
     if chunks := raw.get("dual_chunk_attention_config"):
-        out["dual_chunk"] = {ours: chunks.get(key, 0) for ours, key in CHUNKS.items()}
+        out["dual_chunk"] = {ours: chunks.get(key) or 0 for ours, key in CHUNKS.items()}
     if name.endswith((ENDINGS["tokens"], "ForConditionalGeneration")) or not name:
         out["mtp_layers"] = raw.get(MTP.get(family, ""), 0) or 0
     for ending, classes in REWARDS.items():

@@ -129,7 +129,7 @@ def test_a_published_size_is_told_by_its_config(name):
             {"qk_norm": False},
             "of a qwen3 would tell of another model than this one: qk_norm is False, "
             "there True; set",
-            "set --config.model.qk_norm=True, or --config.export=false",
+            "set --config.model.family=llama, or --config.export=false",
         ),
         (
             "qwen3-8b",
@@ -141,7 +141,7 @@ def test_a_published_size_is_told_by_its_config(name):
             "qwen2-7b",
             {"qkv_bias": False},
             "of a qwen2 would tell of another model than this one: qkv_bias is False",
-            "set --config.model.qkv_bias=True, or",
+            "set --config.model.family=llama, or",
         ),
         ("qwen2-7b", {"family": "qwen3"}, "qkv_bias is", "model.family=qwen2, or"),
         (
