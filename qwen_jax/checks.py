@@ -14,7 +14,7 @@ from typing import Any
 from qwen_jax import config, experiment, params, prepare
 from qwen_jax.checkpoint import compatible
 from qwen_jax.data import mixture, source, tokenizer
-from qwen_jax.models import decoder, hf, hf_config
+from qwen_jax.models import decoder, hf, hf_config, hf_vision
 from qwen_jax.models import spec as spec_lib
 
 
@@ -95,7 +95,10 @@ def init_from(exp: experiment.Experiment, say: Callable[[str], None]) -> None:
     """Refuse a model folder whose weights are not those of this model; say what else
     differs (another RoPE base may be meant)."""
     folder = exp.train.init_from
-    there = hf_config.spec_from_config(hf_config.read_config(folder))
+    raw = hf_config.read_config(folder)
+    if exp.model.vision is None:
+        raw = hf_vision.text_only(raw)
+    there = hf_config.spec_from_config(raw)
     own = ("param_dtype", "compute_dtype", "reduce_dtype", "attention")
     own += ("max_positions", "init_std")
     lines = [

@@ -35,10 +35,11 @@ from qwen_jax.models import cache as cache_lib
 from qwen_jax.models import delta as delta_lib
 from qwen_jax.models import mlp as mlp_lib
 from qwen_jax.models import moe as moe_lib
-from qwen_jax.models import norm, rope
+from qwen_jax.models import norm, rope, vision, vl
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.params import Param, normal, ones, zeros
 
+DEEP = "deep_lbtd"
 SAVED = (
     *("q", "k", "v", "attention", "attention_lse", "gate", "z", "b", "a"),
     *("mlp_gate", "mlp_up", "experts"),
@@ -68,6 +69,8 @@ def decoder_params(spec: spec_lib.Spec) -> dict[str, Any]:
     }
     if not spec.tie_embedding:
         tree["head_vd"] = Param((v, d), ("vocab", "embed"), init)
+    if spec.vision is not None:
+        tree["vision"] = vision.vision_params(spec)
     return tree
 
 
@@ -84,13 +87,32 @@ _layers_of.defvjp(
 )
 
 
-def _owners(spec: spec_lib.Spec) -> dict[str, tuple[int, ...]]:
+def _owners(spec: spec_lib.Spec, deep: int = 0) -> dict[str, tuple[int, ...]]:
     """The layers whose weights each stack holds, in its order."""
     every = tuple(range(spec.num_layers))
     named = {k: spec.layers_with(k) for k in ("attention", "delta", "mlp", "moe")}
+    named[DEEP] = every[:deep]
     return {"attention_norm_ld": every, "mlp_norm_ld": every} | {
         k: layers for k, layers in named.items() if layers
     }
+
+
+def _with_deep(layers: Any, deep_lbtd: jax.Array | None) -> Any:
+    """`layers` with what DeepStack adds behind the first ones among their weights."""
+    if deep_lbtd is None:
+        return layers
+    if not isinstance(layers, list):
+        return layers | {DEEP: deep_lbtd}
+    count = len(deep_lbtd)
+    first = [p | {DEEP: x} for p, x in zip(layers[:count], deep_lbtd, strict=True)]
+    return first + layers[count:]
+
+
+def _kinds(spec: spec_lib.Spec, deep: int) -> tuple[spec_lib.Kind, ...]:
+    """`spec.kinds`, the first ones marked as those that DeepStack adds to."""
+    return tuple(
+        dataclasses.replace(kind, deep=i < deep) for i, kind in enumerate(spec.kinds)
+    )
 
 
 def unstacked(spec: spec_lib.Spec, params: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +121,8 @@ def unstacked(spec: spec_lib.Spec, params: dict[str, Any]) -> dict[str, Any]:
     if isinstance(layers, list):
         return params
     parts = [{} for _ in range(spec.num_layers)]
-    for stack, owners in _owners(spec).items():
+    owned = _owners(spec, len(layers.get(DEEP, ())))
+    for stack, owners in owned.items():
         for i, part in zip(owners, _layers_of(layers[stack], len(owners)), strict=True):
             parts[i][stack] = part
     return params | {"layers": parts}
@@ -146,7 +169,12 @@ def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, kind):
                 window=kind.window,
             )
         x_btd = x_btd + y_btd
-    return _feed_forward(p, x_btd, segments_bt, spec, rules, kind)
+    x_btd, stats = _feed_forward(p, x_btd, segments_bt, spec, rules, kind)
+    return _deepened(p, x_btd, kind), stats
+
+
+def _deepened(p, x_btd, kind):
+    return x_btd + p[DEEP] if kind.deep else x_btd
 
 
 def _norm(weight_d, x_btd, spec):
@@ -218,7 +246,11 @@ def _layers_in(part: dict[str, Any], stretch: _Stretch) -> list[dict[str, Any]]:
     out = []
     for kind in stretch.kinds:
         mine = {}
-        for stack in ("attention_norm_ld", "mlp_norm_ld", *spec_lib.stacks(kind)):
+        deep = (DEEP,) if kind.deep else ()
+        for stack in (
+            *("attention_norm_ld", "mlp_norm_ld"),
+            *(*spec_lib.stacks(kind), *deep),
+        ):
             i = used[stack]
             mine[stack] = jax.tree.map(lambda x, i=i: x[i], part[stack])
             used[stack] += 1
@@ -233,6 +265,8 @@ def hidden(
     *,
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
+    images: vl.Part | None = None,
+    videos: vl.Part | None = None,
     rules: mesh.Rules | None = None,
     loop: str = "scan",
     remat: str = "none",
@@ -240,13 +274,15 @@ def hidden(
     """(final hidden states after the last norm, in the compute dtype: [b, t, d]; what
     the routers counted, stacked over sparse layers, or None: see `moe`)."""
     rules = rules or mesh.Rules()
-    b, t = tokens_bt.shape
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-        positions = mesh.reshard(positions, rules.pspec("batch", None))
-    cos_btk, sin_btk = rope.angles(spec, positions)
-    x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
     saved = saved_names(remat)
+    see = {"images": images, "videos": videos, "rules": rules}
+    x_btd, deep_lbtd = _embed(spec, params, tokens_bt, segments, saved=saved, **see)
+    if positions is None:
+        positions = _positions(spec, tokens_bt, segments, **see)
+    cos_btk, sin_btk = rope.angles(spec, positions)
+    deep = 0 if deep_lbtd is None else len(deep_lbtd)
+    params = params | {"layers": _with_deep(params["layers"], deep_lbtd)}
+    kinds = _kinds(spec, deep)
 
     def layer_for(kind):
         layer = functools.partial(_layer, spec=spec, rules=rules, kind=kind)
@@ -260,12 +296,12 @@ def hidden(
         params = unstacked(spec, params)
     layers, counted = params["layers"], []
     if isinstance(layers, list):
-        for kind, p in zip(spec.kinds, layers, strict=True):
+        for kind, p in zip(kinds, layers, strict=True):
             x_btd, stats = layer_for(kind)(p, x_btd, cos_btk, sin_btk, segments)
             counted += [] if stats is None else [jax.tree.map(lambda x: x[None], stats)]
     else:
-        owners = _owners(spec)
-        for stretch in _stretches(spec.kinds):
+        owners = _owners(spec, deep)
+        for stretch in _stretches(kinds):
 
             def body(x, part, stretch=stretch):
                 counted = []
@@ -282,6 +318,28 @@ def hidden(
                 counted.append(jax.tree.map(mesh.join_first, stats))
     stats = jax.tree.map(lambda *xs: jnp.concatenate(xs), *counted) if counted else None
     return _norm(params["norm_d"], x_btd, spec), stats
+
+
+def _embed(spec, params, tokens_bt, segments, *, images, videos, rules, saved):
+    """(embeddings of the tokens, images and videos in their places; what DeepStack adds
+    behind the first layers, or None)."""
+    vl.check(spec, tokens_bt, segments, images=images, videos=videos)
+    x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
+    if images is None and videos is None:
+        return x_btd, None
+    see = {"images": images, "videos": videos, "rules": rules, "saved": saved}
+    return vl.embed(spec, params["vision"], x_btd, tokens_bt, segments, **see)
+
+
+def _positions(spec, tokens_bt, segments, *, images, videos, rules, start_b=None):
+    """Positions where none are given: 0..t-1, or what images and videos make of it."""
+    if images is not None or videos is not None:
+        return vl.placed_positions(
+            spec, tokens_bt, segments, images, videos, start_b, rules
+        )
+    b, t = tokens_bt.shape
+    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
+    return mesh.reshard(positions, rules.pspec("batch", None))
 
 
 def _stacked(trees: list[Any]) -> Any:
@@ -319,6 +377,8 @@ def forward(
     *,
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
+    images: vl.Part | None = None,
+    videos: vl.Part | None = None,
     cache: cache_lib.Cache | None = None,
     rules: mesh.Rules | None = None,
     loop: str = "scan",
@@ -330,9 +390,12 @@ def forward(
       spec: what the model is.
       params: its weights (stacked, or `unstacked`).
       tokens_bt: int32 [b, t].
-      positions: int32 [b, t]; default 0..t-1, or with a cache the count of real tokens
-        before each.
+      positions: int32 [b, t], or [3, b, t] for images and videos; default 0..t-1, or
+        with a cache the count of real tokens before each, or with images what
+        `vl.positions` gives.
       segments: int32 [b, t]; a token attends only inside its segment; 0 = padding.
+      images: {"pixels": [p, y], "grid_thw": [i, 3]} of the placeholder tokens: see `vl`.
+      videos: likewise.
       cache: decoding state from `cache.init` or an earlier call.
       rules: dims -> mesh axes.
       loop: "scan" or "unroll" over the layers.
@@ -348,6 +411,8 @@ def forward(
             tokens_bt,
             positions=positions,
             segments=segments,
+            images=images,
+            videos=videos,
             rules=rules,
             loop=loop,
             remat=remat,
@@ -360,6 +425,8 @@ def forward(
         cache,
         positions=positions,
         segments=segments,
+        images=images,
+        videos=videos,
         rules=rules,
     )
     return logits(spec, params, x_btd, rules), cache
@@ -373,6 +440,8 @@ def hidden_cached(
     *,
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
+    images: vl.Part | None = None,
+    videos: vl.Part | None = None,
     rules: mesh.Rules | None = None,
 ) -> tuple[jax.Array, cache_lib.Cache]:
     """Hidden states of new tokens against a cache, and the cache with them in."""
@@ -383,10 +452,17 @@ def hidden_cached(
     rows = rules.pspec("batch", None)
     if segments is None:
         segments = mesh.reshard(jnp.ones((b, t), jnp.int32), rows)
+    see = {"images": images, "videos": videos, "rules": rules}
+    x_btd, deep_lbtd = _embed(spec, params, tokens_bt, segments, saved=None, **see)
     if positions is None:
-        before = jnp.sum(cache.segments_bs > 0, axis=1, keepdims=True)
-        count = jnp.cumsum(segments > 0, axis=1)
-        positions = jnp.maximum(jnp.broadcast_to(before, (b, t)) + count - 1, 0)
+        before = cache_lib.next_positions(cache)
+        if images is None and videos is None:
+            count = jnp.cumsum(segments > 0, axis=1)
+            before = jnp.broadcast_to(before[:, None], (b, t))
+            positions = jnp.maximum(before + count - 1, 0)
+        else:
+            positions = _positions(spec, tokens_bt, segments, start_b=before, **see)
+    offset_b = cache_lib.offsets(cache, positions, segments)
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     put = mesh.local(put, inputs=(rows, rows, jax.P()), out=rows)
     slots_bs = put(cache.segments_bs, segments, cache.length)
@@ -400,17 +476,17 @@ def hidden_cached(
         spec=spec,
         rules=rules,
     )
-    x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
+    deep = 0 if deep_lbtd is None else len(deep_lbtd)
+    all_layers = _with_deep(params["layers"], deep_lbtd)
     new = {k: [] for k in ("attention", "delta") if getattr(cache, k) is not None}
-    owners = _owners(spec)
-    for stretch in _stretches(spec.kinds):
+    owners = _owners(spec, deep)
+    for stretch in _stretches(_kinds(spec, deep)):
         held = {k: getattr(cache, k) for k in new}
         held = _repeats_of(held, stretch, {k: owners[k] for k in new})
-        layers = params["layers"]
-        if isinstance(layers, list):
-            layers = layers[stretch.start : stretch.stop]
+        if isinstance(all_layers, list):
+            layers = all_layers[stretch.start : stretch.stop]
         else:
-            layers = _repeats_of(layers, stretch, owners)
+            layers = _repeats_of(all_layers, stretch, owners)
         x_btd, parts = _cached_stretch(layer, stretch, layers, x_btd, held)
         for stack, part in parts.items():
             new[stack].append(jax.tree.map(mesh.join_first, part))
@@ -423,7 +499,12 @@ def hidden_cached(
         run = mesh.local(delta_lib.tail_segments, inputs=(rows, rows), out=rows)
         tail_bj = run(tail_bj, segments)
     cache = cache_lib.Cache(
-        held.get("attention"), held.get("delta"), slots_bs, tail_bj, cache.length + t
+        held.get("attention"),
+        held.get("delta"),
+        slots_bs,
+        tail_bj,
+        cache.length + t,
+        offset_b,
     )
     return _norm(params["norm_d"], x_btd, spec), cache
 
@@ -454,7 +535,7 @@ def _cached_layer(
         )
         held = {"k_bshk": keys, "v_bshk": values}
     x_btd, _ = _feed_forward(p, x_btd + y_btd, segments, spec, rules, kind)
-    return x_btd, held
+    return _deepened(p, x_btd, kind), held
 
 
 def _cached_stretch(layer, stretch, layers, x_btd, held):

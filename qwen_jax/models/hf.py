@@ -25,13 +25,14 @@ import safetensors.numpy
 from einops import rearrange
 
 from qwen_jax import config, mesh, params
-from qwen_jax.models import decoder, hf_config, names
+from qwen_jax.models import decoder, hf_config, hf_vision, names, names_vision
 from qwen_jax.models import spec as spec_lib
 
 # Buffers that some checkpoints carry and no model needs.
 IGNORED = ("rotary_emb.inv_freq",)
-# Parts of published models that the text model does without; counted, never silent.
-OTHER_PARTS = ("mtp.", "model.visual.", "visual.")
+# Parts of published models that are left out; counted, never silent.
+OTHER_PARTS = ("mtp.", "model.visual.")
+PARTS = ("all", "text")
 
 
 class _Tensors:
@@ -56,8 +57,7 @@ class _Tensors:
                 ) from error
             self._open[path] = handle
             for there in handle.keys():
-                # The text part of a vision-language model has a prefix of its own.
-                name = there.replace("model.language_model.", "model.", 1)
+                name = names_vision.known(there)
                 if name in self._where:
                     raise config.InputError(
                         f"tensor {name!r} is in {self._where[name][0].name} and in "
@@ -92,6 +92,7 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
     folder = pathlib.Path(folder)
     tensors = _Tensors(folder)
     used = {"lm_head.weight"} if spec.tie_embedding else set()
+    others = OTHER_PARTS if spec.vision is None else ("mtp.",)
     table = _table(tensors, spec)
     flat, _ = jax.tree_util.tree_flatten_with_path(
         decoder.decoder_params(spec), is_leaf=params.is_param
@@ -108,15 +109,16 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
                 )
             used.add(full)
     left = [n for n in tensors.names - used if not n.endswith(IGNORED)]
-    parts = [n for n in left if n.startswith(OTHER_PARTS)]
+    parts = [n for n in left if n.startswith(others)]
     if parts:
-        kinds = [p for p in OTHER_PARTS if any(n.startswith(p) for n in parts)]
+        kinds = [p for p in others if any(n.startswith(p) for n in parts)]
         print(
-            f"note: {folder}: {len(parts)} tensors of other parts than the text model "
-            f"are left out: {', '.join(kinds)}",
+            f"note: {folder}: {len(parts)} tensors of other parts than the "
+            f"{'text ' if spec.vision is None else ''}model are left out: "
+            f"{', '.join(kinds)}",
             file=sys.stderr,
         )
-    left = [n for n in left if not n.startswith(OTHER_PARTS)]
+    left = [n for n in left if not n.startswith(others)]
     if left:
         raise config.InputError(
             f"{folder}: {len(left)} tensors belong to no weight of a "
@@ -129,13 +131,15 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
 def _table(tensors: _Tensors, spec: spec_lib.Spec) -> dict[str, names.Tensor]:
     """The name map for the layout of experts that the files have."""
     fused = any(name.endswith("experts.gate_up_proj") for name in tensors.names)
-    return names.table(spec, fused=fused)
+    turned = fused and hf_vision.turned(spec, tensors.names, tensors.shape)
+    return names.table(spec, fused=fused, turned=turned)
 
 
 def load(
     folder: str | pathlib.Path,
     *,
     dtype: str | None = None,
+    parts: str = "all",
     device_mesh: jax.sharding.Mesh | None = None,
     rules: mesh.Rules | None = None,
     **changes: Any,
@@ -145,6 +149,8 @@ def load(
     Args:
       folder: with config.json and safetensors.
       dtype: of parameters and compute; None keeps what config.json says.
+      parts: "all", or "text" for a vision-language model without its vision, which is
+        then a model of the text family it was made from.
       device_mesh: lay the parameters out on it, by `rules`.
       rules: dims -> mesh axes.
       **changes: fields of the Spec to replace.
@@ -153,8 +159,16 @@ def load(
     """
     folder = pathlib.Path(folder)
     raw = hf_config.read_config(folder)
-    dtype = dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if parts not in PARTS:
+        raise config.InputError(f"parts={parts!r}{config.nearest(parts, PARTS)}")
+    text = raw.get("text_config") or {}
+    dtype = dtype or next(
+        (c[k] for c in (raw, text) for k in ("dtype", "torch_dtype") if c.get(k)),
+        "float32",
+    )
     changes = {"param_dtype": dtype, "compute_dtype": dtype} | changes
+    if parts == "text":
+        raw = hf_vision.text_only(raw)
     spec = hf_config.spec_from_config(raw, **changes)
     tensors = check(folder, spec)
     table = _table(tensors, spec)
@@ -263,7 +277,7 @@ def named_tensors(
     """(name there, tensor) one at a time; `fused`: all experts in one tensor."""
     flat, _ = jax.tree_util.tree_flatten_with_path(weights)
     leaves = {_key(path): leaf for path, leaf in flat}
-    table = names.table(spec, fused=fused)
+    table = names.table(spec, fused=fused, turned=fused and names.turns(spec))
     done = set()
     for key in leaves:
         tensor = table[key]
@@ -280,7 +294,7 @@ def named_tensors(
                 host = rearrange(host, " -> ".join(reversed(tensor.view.split(" -> "))))
             if dtype:
                 host = host.astype(jnp.dtype(dtype))
-            yield full, np.ascontiguousarray(host)
+            yield names_vision.published(spec, full), np.ascontiguousarray(host)
 
 
 def _back(part: np.ndarray, pattern: str, known: dict[str, int]) -> np.ndarray:

@@ -15,6 +15,7 @@ import pathlib
 from typing import Any
 
 from qwen_jax import config
+from qwen_jax.models import hf_vision
 from qwen_jax.models import spec as spec_lib
 
 
@@ -42,6 +43,10 @@ FAMILIES = {
         sparse=True,
         shared=True,
     ),
+    "qwen2_vl": Family("", qkv_bias=True, qk_norm=False),
+    "qwen2_5_vl": Family("", qkv_bias=True, qk_norm=False),
+    "qwen3_vl": Family(""),
+    "qwen3_vl_moe": Family("", sparse=True, norm_topk=True, fused=True),
     "qwen3": Family("Qwen3ForCausalLM"),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", sparse=True),
     "qwen3_next": Family("Qwen3NextForCausalLM", new=True, sparse=True, shared=True),
@@ -70,10 +75,11 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
     Raises:
       config.InputError: an architecture or option this decoder does not have.
     """
+    file, tie = raw, hf_vision.tied(raw)
     if isinstance(raw.get("text_config"), dict):  # the text part of a larger model
-        raw = {"tie_word_embeddings": raw.get("tie_word_embeddings")} | {
-            k: v for k, v in raw["text_config"].items() if v is not None
-        }
+        raw = {k: v for k, v in raw["text_config"].items() if v is not None}
+    if tie is not None:
+        raw = raw | {"tie_word_embeddings": tie}
     family = raw.get("model_type", "").removesuffix("_text")
     if family not in FAMILIES:
         raise config.InputError(
@@ -97,7 +103,9 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
     eos = raw.get("eos_token_id")
     window, full_layers = _window(raw)
     mixers, delta = _mixers(raw, known)
-    values = {
+    seen = hf_vision.vision_of(file, family, raw["hidden_size"])
+    sections = hf_vision.sections_of(raw, family) if seen else {}
+    values = sections | {
         "family": family,
         "vocab_size": raw["vocab_size"],
         "width": raw["hidden_size"],
@@ -117,6 +125,7 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
         "mixers": mixers,
         "delta": delta,
         "moe": sparse,
+        "vision": seen,
         "dense_layers": dense_layers,
         "output_gate": known.new,
         "rotary_share": _rotary_share(raw) if known.new else 1.0,
@@ -128,7 +137,7 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
         if isinstance(eos, list)
         else (() if eos is None else (eos,)),
     }
-    if family != "qwen2" and raw.get("attention_bias"):
+    if not known.qkv_bias and raw.get("attention_bias"):
         raise config.InputError(
             f"attention_bias=true with {family} puts a bias on the output projection "
             "too, which this decoder does not have"
@@ -223,7 +232,7 @@ def _rope(raw: dict[str, Any]) -> tuple[float, spec_lib.RopeScaling | None]:
     theta = new.get("rope_theta") or raw.get("rope_theta") or 10_000.0
     settings = new or old
     kind = settings.get("rope_type") or settings.get("type") or "default"
-    if kind == "default":
+    if kind in ("default", "mrope"):  # mrope: three positions, of the usual scale
         return theta, None
     if kind not in ("linear", "yarn"):
         raise config.InputError(f"rope type {kind!r}: wanted default, linear or yarn")
@@ -286,7 +295,7 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": spec.vocab_size,
     }
-    if spec.family not in ("qwen2", "qwen2_moe"):
+    if not known.qkv_bias:
         raw["attention_bias"] = False
     if spec.family == "qwen2_moe":
         raw["qkv_bias"] = spec.qkv_bias
@@ -311,7 +320,7 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
                 raw["rope_scaling"]["attention_factor"] = scaling.attention_factor
     if known.new:
         raw |= _new_config(spec, raw["rope_scaling"])
-    return raw
+    return hf_vision.whole(spec, raw) if spec.vision else raw
 
 
 def _new_config(spec: spec_lib.Spec, scaling: dict[str, Any] | None) -> dict[str, Any]:

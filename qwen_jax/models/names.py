@@ -9,14 +9,16 @@ Formats: a linear layer there is [out, in], heads joined (head-major) in one dim
 dims are split and the input comes first. `{i}` in a name is the layer, `{e}` the
 expert; patterns leave out the dims that these stand for. Letters as in `dims`, with the
 sizes of the layer's part: `k` is the head width of attention, in `delta` of its keys.
-Invariants: a weight has one entry in a table; with experts there are two layouts, each
-expert by itself or all fused, and the one that a folder has is read.
+Invariants: a weight has one entry in a table; with experts there are three layouts, each
+expert by itself or all fused, outputs or inputs first, and the one that a folder has is
+read.
 """
 
 import dataclasses
 import math
 import re
 
+from qwen_jax.models import names_vision
 from qwen_jax.models import spec as spec_lib
 
 _LAYER = "model.layers.{i}."
@@ -91,6 +93,15 @@ _EXPERTS_FUSED = (
     ),
     _one(_MLP + "experts.down_proj", _M + "down_lefd", "e d f -> e f d"),
 )
+# Qwen3-VL is published with its experts' inputs first.
+_EXPERTS_TURNED = (
+    Tensor(
+        _MLP + "experts.gate_up_proj",
+        ((_M + "gate_ledf", "e d f -> e d f"), (_M + "up_ledf", "e d f -> e d f")),
+        dim=2,
+    ),
+    _one(_MLP + "experts.down_proj", _M + "down_lefd", "e f d -> e f d"),
+)
 _D = "layers.delta."
 _DELTA_BASE = (
     Tensor(
@@ -141,20 +152,39 @@ _DELTA_APART = (
 )
 
 
-def table(spec: spec_lib.Spec, *, fused: bool) -> dict[str, Tensor]:
-    """{path in our tree: the tensor that holds it} for a model of this kind."""
+def turns(spec: spec_lib.Spec) -> bool:
+    """Whether a folder of this model is written with its experts' inputs first.
+
+    Readers of both forms go by the shape of each tensor, so where gates and up
+    projections make a square, the form of transformers 5 must be written.
+    """
+    turned = spec.family == "qwen3_vl_moe"
+    return turned and spec.width != 2 * spec.moe.ffn_width
+
+
+def table(
+    spec: spec_lib.Spec, *, fused: bool, turned: bool = False
+) -> dict[str, Tensor]:
+    """{path in our tree: the tensor that holds it} for a model of this kind.
+
+    fused: all experts of a layer are one tensor. turned: with their inputs first.
+    """
+    experts = _EXPERTS_FUSED if fused else _EXPERTS_APART
     tensors = (
         *_BASE,
         *(_GATED_QUERY if spec.output_gate else _PLAIN_QUERY),
-        *(_EXPERTS_FUSED if fused else _EXPERTS_APART),
+        *(_EXPERTS_TURNED if turned else experts),
         *_DELTA_BASE,
         *(_DELTA_GROUPED if spec.family == "qwen3_next" else _DELTA_APART),
+        *(Tensor(*entry) for entry in names_vision.table(spec)),
     )
     return {key: tensor for tensor in tensors for key, _ in tensor.parts}
 
 
 def sizes(spec: spec_lib.Spec, key: str) -> dict[str, int]:
     """What the letters of the patterns of a weight stand for."""
+    if key.startswith("vision."):
+        return names_vision.sizes(spec, key)
     out = {"d": spec.width, "v": spec.vocab_size, "f": spec.ffn_width}
     if key.startswith(_D):
         delta = spec.delta
@@ -217,6 +247,8 @@ def shape(tensor: Tensor, spec: spec_lib.Spec) -> tuple[int, ...]:
 
 def owners(key: str, spec: spec_lib.Spec) -> tuple[int, ...]:
     """The layers whose tensors a stacked weight is made of, in order."""
+    if key.startswith("vision."):
+        return names_vision.owners(spec, key)
     stack = key.split(".")[1]
     if stack in ("attention", "delta", "mlp", "moe"):
         return spec.layers_with(stack)

@@ -13,6 +13,7 @@ Raises: ValueError from `__post_init__`, config.InputError from `get`.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from qwen_jax import config
@@ -21,6 +22,8 @@ ATTENTION = ("blockwise", "cudnn", "splash")
 MIXERS = ("attention", "delta")
 EXPERTS = ("auto", "ragged", "blocks", "capacity", "tokamax")
 EXCHANGES = ("gather", "all_to_all")
+TOWER_NORMS = ("layer", "rms")
+TOWER_MLPS = ("quick_gelu", "gelu_tanh", "swiglu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +113,89 @@ class Delta:
 
 
 @dataclasses.dataclass(frozen=True)
+class Vision:
+    """The tower that turns patches of images and videos into embeddings of tokens.
+
+    A patch is `temporal_patch` frames of `patch` x `patch` pixels; `merge` x `merge`
+    patches become one token. norm: "layer" or "rms"; mlp: "quick_gelu", "gelu_tanh" or
+    "swiglu". places: rows of the table of learned positions (a square grid), 0 for
+    none. window: side in pixels of the squares inside which patches attend, 0 for all
+    of a frame; the layers in `full_layers` attend to all anyway. deepstack: layers
+    whose merged outputs are added behind the decoder's first layers, too.
+    frame_blocks: whether each frame of a video is a block of tokens of its own.
+    tokens_per_second: steps of a video's temporal positions; 0 for one step a frame.
+    """
+
+    num_layers: int = 27
+    width: int = 1152
+    num_heads: int = 16
+    ffn_width: int = 4304
+    patch: int = 16
+    temporal_patch: int = 2
+    channels: int = 3
+    merge: int = 2
+    norm: str = "layer"
+    mlp: str = "gelu_tanh"
+    patch_bias: bool = True
+    places: int = 2304
+    window: int = 0
+    full_layers: tuple[int, ...] = ()
+    deepstack: tuple[int, ...] = ()
+    rope_theta: float = 10_000.0
+    frame_blocks: bool = True
+    tokens_per_second: int = 0
+    image_id: int = 151_655
+    video_id: int = 151_656
+    start_id: int = 151_652
+    end_id: int = 151_653
+
+    def __post_init__(self):
+        for name in ("num_layers", "num_heads", "patch", "temporal_patch", "merge"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"vision.{name}={getattr(self, name)}: wanted above 0")
+        if self.width % (4 * self.num_heads):
+            raise ValueError(
+                f"vision.width={self.width} over vision.num_heads={self.num_heads} "
+                "must be a multiple of 4: heads rotate by rows and by columns"
+            )
+        if math.isqrt(self.places) ** 2 != self.places:
+            raise ValueError(f"vision.places={self.places} is not a square number")
+        if self.window and self.window < self.merge * self.patch:
+            raise ValueError(
+                f"vision.window={self.window} holds no token of "
+                f"{self.merge * self.patch} pixels"
+            )
+        for name in ("full_layers", "deepstack"):
+            if any(not 0 <= i < self.num_layers for i in getattr(self, name)):
+                raise ValueError(
+                    f"vision.{name}={getattr(self, name)}: the layers are 0 to "
+                    f"{self.num_layers - 1}"
+                )
+        for name, known in (("norm", TOWER_NORMS), ("mlp", TOWER_MLPS)):
+            if getattr(self, name) not in known:
+                hint = config.nearest(getattr(self, name), known)
+                raise ValueError(f"vision.{name}={getattr(self, name)!r}{hint}")
+
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers in a patch."""
+        return self.channels * self.temporal_patch * self.patch**2
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.width // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a layer is: its mixer, the window of its attention, experts or none."""
+    """What a layer is: its mixer, the window of its attention, experts or none, and
+    whether features of images are added behind it."""
 
     mixer: str = "attention"
     window: int = 0
     sparse: bool = False
+    deep: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +203,9 @@ class Spec:
     """One Qwen. Every field is a fact about the function, none about a run,
     except `attention` and `reduce_dtype`, which pick an implementation of the same one.
 
+    vision: the tower in front, or None. mrope_sections: how many rotated pairs of a head
+    turn with the temporal, the row and the column position of a token; they follow each
+    other, or alternate where mrope_interleaved.
     reduce_dtype: in which devices sum their parts of a gradient: "compute" (the dtype
     of compute, half the traffic with bfloat16) or "float32" (see mesh.gather). The
     matrices of the layers alone: tables and head are summed in float32 always, biases
@@ -151,6 +234,9 @@ class Spec:
     dense_layers: tuple[int, ...] = ()
     output_gate: bool = False
     rotary_share: float = 1.0
+    vision: Vision | None = None
+    mrope_sections: tuple[int, ...] = ()
+    mrope_interleaved: bool = False
     norm_offset: bool = False
     norm_eps: float = 1e-6
     init_std: float = 0.02
@@ -180,6 +266,14 @@ class Spec:
             raise ValueError(
                 f"rotary_share={self.rotary_share} of head_width={self.head_width}: "
                 "wanted an even number of rotated dims, at most all"
+            )
+        if self.mrope_sections and (
+            len(self.mrope_sections) != 3
+            or sum(self.mrope_sections) != self.rotary_width // 2
+        ):
+            raise ValueError(
+                f"mrope_sections={self.mrope_sections}: wanted three numbers that sum "
+                f"to {self.rotary_width // 2}, half of the rotated width"
             )
         if self.attention not in ATTENTION:
             raise ValueError(

@@ -15,7 +15,8 @@ product, which is 2-4x faster on a CPU.
 Shapes: q_btnk, k_bshk, v_bshk with s = t and n a multiple of h; segments_bt int32 (0 is
 padding; equal numbers are contiguous) or None; result out_btnk in q's dtype.
 A token attends where key index <= query index (unless `causal` is off), within `window`
-tokens when window > 0, and inside its own segment. A padding query gets zeros. Softmax is float32.
+tokens when window > 0, and inside its own segment. A padding query gets zeros. Softmax
+is float32.
 `reference` is the plain twin: the same function with the [t, s] matrix in the open.
 Raises: ValueError when shapes do not fit together, or a window is not causal.
 """
@@ -304,7 +305,7 @@ def _key_blocks(segments, t, window, block, causal):
 
 
 def _query_blocks(low, high, causal):
-    """The query blocks that look at each key block: the first, and one past the last."""
+    """The query blocks that look at each key block: first, and one past the last."""
     if not causal:  # who sees is seen
         return low, high
     # From j to the last i with low[i] <= j.
