@@ -166,3 +166,76 @@ def row(draw, *parts):
         else:
             out += [START] + [VIDEO] * (frames * one) + [END]
     return out
+
+
+T = 60
+IMAGES, VIDEOS = 8, 2  # grids, with zeros to fill up
+IMAGE_PATCHES, VIDEO_PATCHES = 320, 96
+
+
+def documents(apart):
+    """Rows of parts: text alone, an image, several of different sizes, a video, both,
+    images that touch. `apart`: frames of a video are blocks of their own."""
+    small, wide, odd = (1, 4, 4), (1, 4, 8), (1, 6, 10)
+    return [
+        [21],
+        [3, ("image", wide), 5],
+        [2, ("image", small), 1, ("image", odd), 4, ("image", wide), 3],
+        [4, ("video", (3, 4, 4), apart), 6],
+        [1, ("image", odd), 2, ("video", (2, 6, 4), apart), 2],
+        [2, ("image", small), ("image", small), 9],
+    ]
+
+
+def grids(parts, kind):
+    """The grids of a document's images or videos."""
+    return [p[1] for p in parts if not isinstance(p, int) and p[0] == kind]
+
+
+def patches(spec, docs, kind, seed=0):
+    """Their patches, document by document: [(pixels, grid), ...] for each."""
+    draw, out = np.random.default_rng(seed), []
+    for parts in docs:
+        mine = grids(parts, kind)
+        count = int(sum(np.prod(g) for g in mine))
+        shape = (count, spec.vision.patch_numbers)
+        values = draw.normal(size=shape).astype(np.float32)
+        out.append((values, np.array(mine, np.int32).reshape(-1, 3)))
+    return out
+
+
+def filled(parts, size, count):
+    """All documents' patches as one pack, filled up to `size` patches, `count` grids."""
+    pixels = np.concatenate([p for p, _ in parts])
+    grid = np.concatenate([g for _, g in parts])
+    assert len(pixels) <= size and len(grid) <= count
+    fill = np.full((size - len(pixels), pixels.shape[1]), 7.0, np.float32)
+    return {
+        "pixels": np.concatenate([pixels, fill]),
+        "grid_thw": np.pad(grid, [(0, count - len(grid)), (0, 0)]),
+    }
+
+
+def seconds(grid):
+    """Seconds per grid of videos: any numbers, the same for the same grid."""
+    return 0.5 + 0.25 * grid[:, 0].astype(np.float32)
+
+
+def of_reference(spec, ids, image, video):
+    """Arguments of the torch model for one row."""
+    import torch
+
+    ids = np.asarray(ids)[None]
+    out = {"input_ids": torch.tensor(ids, dtype=torch.long)}
+    kinds = (ids == IMAGE) * 1 + (ids == VIDEO) * 2
+    if kinds.any():
+        out["mm_token_type_ids"] = torch.tensor(kinds, dtype=torch.int)
+    if len(image[1]):
+        out["pixel_values"] = torch.tensor(image[0])
+        out["image_grid_thw"] = torch.tensor(image[1], dtype=torch.long)
+    if len(video[1]):
+        out["pixel_values_videos"] = torch.tensor(video[0])
+        out["video_grid_thw"] = torch.tensor(video[1], dtype=torch.long)
+        if spec.family == "qwen2_5_vl":
+            out["second_per_grid_ts"] = torch.tensor(seconds(video[1]))
+    return out
