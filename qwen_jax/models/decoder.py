@@ -394,7 +394,7 @@ def forward(
         with a cache the count of real tokens before each, or with images what
         `vl.positions` gives.
       segments: int32 [b, t]; a token attends only inside its segment; 0 = padding.
-      images: {"pixels": [p, y], "grid_thw": [i, 3]} of the placeholder tokens: see `vl`.
+      images: {"pixels": [p, y], "grid_thw": [i, 3]} of the placeholders: see `vl`.
       videos: likewise.
       cache: decoding state from `cache.init` or an earlier call.
       rules: dims -> mesh axes.

@@ -101,7 +101,9 @@ def vision_of(raw: dict[str, Any], family: str, width: int) -> dict[str, Any] | 
     Raises:
       config.InputError: see the module docstring.
     """
-    if family not in TEXT or (family not in ONLY_WHOLE and not raw.get("vision_config")):
+    if family not in TEXT or (
+        family not in ONLY_WHOLE and not raw.get("vision_config")
+    ):
         return None
     vision = dict(raw.get("vision_config") or {})
     vision.setdefault("in_channels", vision.get("in_chans", 3))
@@ -138,7 +140,7 @@ def vision_of(raw: dict[str, Any], family: str, width: int) -> dict[str, Any] | 
     theta = (vision.get("rope_parameters") or {}).get("rope_theta")
     if theta:
         values["rope_theta"] = float(theta)
-    ids = {ours: raw[theirs] for ours, theirs in _IDS.items() if theirs in raw}
+    ids = {o: raw[t] for o, t in _IDS.items() if raw.get(t) is not None}
     return values | ids
 
 
@@ -219,7 +221,9 @@ def whole(spec: spec_lib.Spec, raw: dict[str, Any]) -> dict[str, Any]:
         rope["mrope_interleaved"] = True
     kind = (raw["rope_scaling"] or {}).get("rope_type")
     rope |= raw["rope_scaling"] or {}
-    rope |= {"type": kind or "mrope"} if _flat(spec) else {"rope_type": kind or "default"}
+    rope |= (
+        {"type": kind or "mrope"} if _flat(spec) else {"rope_type": kind or "default"}
+    )
     if "rope_parameters" in raw:
         raw = raw | {"rope_parameters": raw["rope_parameters"] | rope}
     else:
@@ -234,7 +238,9 @@ def whole(spec: spec_lib.Spec, raw: dict[str, Any]) -> dict[str, Any]:
     if _flat(spec):
         # Heads of these have width / heads numbers, there is no field to say otherwise.
         return {k: x for k, x in raw.items() if k != "head_dim"} | outer
-    text = {k: x for k, x in raw.items() if k not in ("architectures", "torch_dtype")}
+    # Windows are no part of these text models.
+    out = ("architectures", "torch_dtype", "use_sliding_window", "sliding_window")
+    text = {k: x for k, x in raw.items() if k not in (*out, "max_window_layers")}
     text["model_type"] = f"{spec.family}_text"
     return outer | {"text_config": text, "torch_dtype": raw["torch_dtype"]}
 

@@ -9,9 +9,9 @@ Formats: a linear layer there is [out, in], heads joined (head-major) in one dim
 dims are split and the input comes first. `{i}` in a name is the layer, `{e}` the
 expert; patterns leave out the dims that these stand for. Letters as in `dims`, with the
 sizes of the layer's part: `k` is the head width of attention, in `delta` of its keys.
-Invariants: a weight has one entry in a table; with experts there are three layouts, each
-expert by itself or all fused, outputs or inputs first, and the one that a folder has is
-read.
+Invariants: a weight has one entry in a table; with experts there are three layouts,
+each expert by itself or all fused, outputs or inputs first, and the one that a folder
+has is read.
 """
 
 import dataclasses

@@ -72,7 +72,10 @@ def table(spec: spec_lib.Spec) -> list[Entry]:
         key = layers + ours
         out += _pair(block + there, key, "_ld", "_bias_ld", "d -> d")
     a = layers + "attention."
-    split = [("(n k) d -> d n k", "_ldnk", "weight"), ("(n k) -> n k", "_bias_lnk", "bias")]
+    split = [
+        ("(n k) d -> d n k", "_ldnk", "weight"),
+        ("(n k) -> n k", "_bias_lnk", "bias"),
+    ]
     for pattern, end, kind in split:
         parts = tuple((f"{a}{letter}{end}", pattern) for letter in "qkv")
         out.append((f"{block}attn.qkv.{kind}", parts))
@@ -92,9 +95,7 @@ def table(spec: spec_lib.Spec) -> list[Entry]:
 
 def _merger(name: str, key: str, modules, stacked: str, width: str) -> list[Entry]:
     ends = (f"_{stacked}{width}", f"_bias_{stacked}{width}")
-    out = _pair(
-        name + modules["norm"], f"{key}norm", *ends, f"{width} -> {width}"
-    )
+    out = _pair(name + modules["norm"], f"{key}norm", *ends, f"{width} -> {width}")
     ends = (f"_{stacked}wf", f"_bias_{stacked}f")
     out += _pair(name + modules["up"], f"{key}up", *ends, "f w -> w f")
     ends = (f"_{stacked}fo", f"_bias_{stacked}o")

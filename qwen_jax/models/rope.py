@@ -7,8 +7,8 @@ arXiv 2409.12191): each rotated pair turns with one of them. Text has three equa
 Layout: the two halves of a head rotate against each other (x1 = first half, x2 = second
 half), the layout of the published checkpoints.
 
-Shapes: positions_bt int32 (or [3, b, t]) -> cos_btk, sin_btk float32 with k = rotated width / 2;
-`apply` takes x_btnk with the full head width.
+Shapes: positions_bt int32 (or [3, b, t]) -> cos_btk, sin_btk float32 with k = rotated
+width / 2; `apply` takes x_btnk with the full head width.
 Invariants: angles are always computed in float32 or wider, whatever x is.
 YaRN follows section 3 of its paper: `find_dim(rotations) = K ln(L / (2 pi r)) /
 (2 ln theta)` bounds a linear ramp between interpolated and plain frequencies, and cos

@@ -203,9 +203,9 @@ class Spec:
     """One Qwen. Every field is a fact about the function, none about a run,
     except `attention` and `reduce_dtype`, which pick an implementation of the same one.
 
-    vision: the tower in front, or None. mrope_sections: how many rotated pairs of a head
-    turn with the temporal, the row and the column position of a token; they follow each
-    other, or alternate where mrope_interleaved.
+    vision: the tower in front, or None. mrope_sections: how many rotated pairs of a
+    head turn with the temporal, the row and the column position of a token; they follow
+    each other, or alternate where mrope_interleaved.
     reduce_dtype: in which devices sum their parts of a gradient: "compute" (the dtype
     of compute, half the traffic with bfloat16) or "float32" (see mesh.gather). The
     matrices of the layers alone: tables and head are summed in float32 always, biases
@@ -373,6 +373,64 @@ def _qwen3_moe(width, heads, kv_heads, ffn, expert, layers, *, theta=1e6) -> Spe
     )
 
 
+def _qwen2_vl(width, heads, kv_heads, ffn, layers, *, tie, vocab=152_064) -> Spec:
+    """Qwen2-VL: Qwen2 behind a tower of 32 layers, patches of 14 pixels."""
+    tower = Vision(
+        num_layers=32,
+        width=1280,
+        ffn_width=5120,
+        patch=14,
+        mlp="quick_gelu",
+        patch_bias=False,
+        places=0,
+        frame_blocks=False,
+    )
+    text = _qwen2(
+        width, heads, kv_heads, ffn, layers, tie=tie, vocab=vocab, positions=32_768
+    )
+    return dataclasses.replace(
+        text,
+        family="qwen2_vl",
+        vision=tower,
+        mrope_sections=(16, 24, 24),
+        eos_ids=(151_645,),
+    )
+
+
+def _qwen2_5_vl(*sizes, tower_ffn=3420, **kw) -> Spec:
+    """Qwen2.5-VL: windows in all layers of the tower but four, RMSNorm, SwiGLU."""
+    text = _qwen2_vl(*sizes, **kw)
+    tower = dataclasses.replace(
+        text.vision,
+        ffn_width=tower_ffn,
+        norm="rms",
+        mlp="swiglu",
+        window=112,
+        full_layers=(7, 15, 23, 31),
+        tokens_per_second=2,
+    )
+    return dataclasses.replace(
+        text, family="qwen2_5_vl", vision=tower, max_positions=128_000
+    )
+
+
+def _qwen3_vl(text: Spec, *, small: bool = False) -> Spec:
+    """Qwen3-VL: a text model behind a tower with learned positions and DeepStack."""
+    tower = Vision(deepstack=(8, 16, 24))
+    if small:
+        tower = Vision(num_layers=24, width=1024, ffn_width=4096, deepstack=(5, 11, 17))
+    return dataclasses.replace(
+        text,
+        family="qwen3_vl" if text.moe is None else "qwen3_vl_moe",
+        vision=tower,
+        mrope_sections=(24, 20, 20),
+        mrope_interleaved=True,
+        rope_theta=5e6,
+        max_positions=262_144,
+        eos_ids=(151_645,),
+    )
+
+
 _HYBRID = {
     "mixers": ("delta", "delta", "delta", "attention"),
     "head_width": 256,
@@ -431,6 +489,21 @@ NAMED: dict[str, Spec] = {
         moe=MoE(num_experts=160, experts_per_token=8, ffn_width=2560),
         max_positions=262_144,
     ),
+    # Qwen2-VL and Qwen2.5-VL, arXiv 2409.12191 and 2502.13923, and their config.json.
+    "qwen2-vl-2b": _qwen2_vl(1536, 12, 2, 8960, 28, tie=True, vocab=151_936),
+    "qwen2-vl-7b": _qwen2_vl(3584, 28, 4, 18944, 28, tie=False),
+    "qwen2-vl-72b": _qwen2_vl(8192, 64, 8, 29568, 80, tie=False),
+    "qwen2.5-vl-3b": _qwen2_5_vl(2048, 16, 2, 11008, 36, tie=True, vocab=151_936),
+    "qwen2.5-vl-7b": _qwen2_5_vl(3584, 28, 4, 18944, 28, tie=False),
+    "qwen2.5-vl-32b": _qwen2_5_vl(5120, 40, 8, 27648, 64, tie=False, tower_ffn=3456),
+    "qwen2.5-vl-72b": _qwen2_5_vl(8192, 64, 8, 29568, 80, tie=False, tower_ffn=3456),
+    # Qwen3-VL, arXiv 2511.21631 and the config.json of the published checkpoints.
+    "qwen3-vl-2b": _qwen3_vl(_qwen3(2048, 16, 8, 6144, 28, tie=True), small=True),
+    "qwen3-vl-4b": _qwen3_vl(_qwen3(2560, 32, 8, 9728, 36, tie=True), small=True),
+    "qwen3-vl-8b": _qwen3_vl(_qwen3(4096, 32, 8, 12288, 36, tie=False)),
+    "qwen3-vl-32b": _qwen3_vl(_qwen3(5120, 64, 8, 25600, 64, tie=False)),
+    "qwen3-vl-30b-a3b": _qwen3_vl(_qwen3_moe(2048, 32, 4, 6144, 768, 48)),
+    "qwen3-vl-235b-a22b": _qwen3_vl(_qwen3_moe(4096, 64, 4, 12288, 1536, 94)),
     # Qwen1.5 and Qwen2 with experts, arXiv 2407.10671 table 1.
     "qwen1.5-moe-a2.7b": dataclasses.replace(
         _qwen2(2048, 16, 16, 5632, 24, tie=False, positions=8192),

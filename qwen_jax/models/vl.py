@@ -63,8 +63,8 @@ def check(
     if spec.vision is None:
         given = [n for n, x in (("images", images), ("videos", videos)) if x]
         raise config.InputError(
-            f"{' and '.join(given)} given to a {spec.family} model without vision; load "
-            "a vision-language folder with all its parts"
+            f"{' and '.join(given)} given to a {spec.family} model without vision; "
+            "load a vision-language folder with all its parts"
         )
     for name, part, token in _parts(spec, images, videos):
         missing = {"pixels", "grid_thw"} - set(part)

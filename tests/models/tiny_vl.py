@@ -205,7 +205,8 @@ def patches(spec, docs, kind, seed=0):
 
 
 def filled(parts, size, count):
-    """All documents' patches as one pack, filled up to `size` patches, `count` grids."""
+    """All documents' patches as one pack, filled up to `size` patches, `count` grids
+    of zeros among them."""
     pixels = np.concatenate([p for p, _ in parts])
     grid = np.concatenate([g for _, g in parts])
     assert len(pixels) <= size and len(grid) <= count
