@@ -22,7 +22,7 @@ import numpy as np
 
 from qwen_jax import config, mesh
 from qwen_jax.models import cache as cache_lib
-from qwen_jax.models import decoder
+from qwen_jax.models import decoder, vl
 from qwen_jax.models import spec as spec_lib
 
 BUCKET = 64  # prompts are padded to a multiple, so few shapes are compiled
@@ -37,6 +37,8 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     key: jax.Array | None = None,
+    images: vl.Part | None = None,
+    videos: vl.Part | None = None,
     rules: mesh.Rules | None = None,
 ) -> list[list[int]]:
     """New token ids of each prompt.
@@ -49,6 +51,8 @@ def generate(
       temperature: 0 is greedy.
       top_p: nucleus share.
       key: random key, wanted when temperature > 0.
+      images: those of all prompts in order, as in `vl`.
+      videos: likewise.
       rules: dims -> mesh axes.
     Raises:
       config.InputError: no prompts, an empty prompt, ids outside the vocabulary, more
@@ -77,9 +81,12 @@ def generate(
     tokens_bt = np.zeros((rows, bucket), np.int32)
     segments_bt = np.zeros((rows, bucket), np.int32)
     for i in range(rows):
-        prompt = prompts[i % len(prompts)]
+        # Rows that fill up the mesh have one token, and no images that are not there.
+        prompt = prompts[i] if i < len(prompts) else [0]
         tokens_bt[i, bucket - len(prompt) :] = prompt
         segments_bt[i, bucket - len(prompt) :] = 1
+    see = {"images": images, "videos": videos}
+    vl.check(spec, tokens_bt, segments_bt, **see)
     key = jax.random.key(0) if key is None else key
     new_bt = np.asarray(
         _generate(
@@ -89,6 +96,7 @@ def generate(
             key,
             jnp.float32(temperature),
             jnp.float32(top_p),
+            see,
             spec=spec,
             max_tokens=max_tokens,
             rules=rules or mesh.Rules(),
@@ -122,7 +130,17 @@ def sample(logits_bv, key, temperature, top_p):
 
 @functools.partial(jax.jit, static_argnames=("spec", "max_tokens", "rules"))
 def _generate(
-    params, tokens_bt, segments_bt, key, temperature, top_p, *, spec, max_tokens, rules
+    params,
+    tokens_bt,
+    segments_bt,
+    key,
+    temperature,
+    top_p,
+    see,
+    *,
+    spec,
+    max_tokens,
+    rules,
 ):
     """Prefill and a scan over new tokens: [b, max_tokens] ids."""
     rows = rules.pspec("batch", None)
@@ -131,7 +149,7 @@ def _generate(
     b, t = tokens_bt.shape
     cache = cache_lib.init(spec, b, t + max_tokens, rules)
     hidden_btd, cache = decoder.hidden_cached(
-        spec, params, tokens_bt, cache, segments=segments_bt, rules=rules
+        spec, params, tokens_bt, cache, segments=segments_bt, rules=rules, **see
     )
 
     def pick(hidden_btd, i):
