@@ -396,6 +396,10 @@ def check_spec(spec: spec_lib.Spec) -> None:
 
 def _told_otherwise(spec: spec_lib.Spec) -> dict[str, tuple[Any, Any]]:
     """{field: (here, as read from config_of)} where the function differs."""
+    if spec.vision is None and spec.family in hf_vision.ONLY_WHOLE:
+        return {"vision": (None, "given")}
+    if spec.vision is not None and spec.family not in hf_vision.TEXT:
+        return {"vision": ("given", None)}
     here, there = map(_function, (spec, spec_from_config(config_of(spec))))
     return {k: (here[k], there[k]) for k in here if here[k] != there[k]}
 

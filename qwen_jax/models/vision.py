@@ -20,6 +20,7 @@ program serves all grids that fit p patches.
 Raises: nothing here; `vl.check` has the checks.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -237,18 +238,18 @@ def tower(
     where = packs(
         lambda g: jax.vmap(lambda g: layout(v, g, pixels_rpy.shape[1]))(g), grid_ri3
     )
-    ops = _Ops(spec, rules, rows)
-    x_rpd = ops.product(pixels_rpy.astype(dtype), p["patch_yd"], None, "embed")
+    run = _Run(spec, rules, rows)
+    x_rpd = _product(run, pixels_rpy.astype(dtype), p["patch_yd"], None, "embed")
     if v.patch_bias:
         x_rpd = x_rpd + p["patch_bias_d"].astype(dtype)[None, None]
     if v.places:
         table_vd = mesh.reshard(p["place_vd"], jax.P(None, None))
-        run = mesh.local(
+        place = mesh.local(
             lambda table, where: placed(v, table, where, dtype),
             inputs=(jax.P(None, None), rules.pspec(rows, None)),
             out=rules.pspec(rows, None, None),
         )
-        x_rpd = x_rpd + run(table_vd, where.replace(order_p=None, back_m=None))
+        x_rpd = x_rpd + place(table_vd, where.replace(order_p=None, back_m=None))
     segments_rp = windows_rp = where.frame_p
     row_rp, column_rp = where.row_p, where.column_p
     if v.window:
@@ -258,8 +259,8 @@ def tower(
             take(a, where.order_p) for a in (x_rpd, segments_rp, row_rp, column_rp)
         )
     turn = angles(v, row_rp, column_rp, dtype)
-    x_rpd, deep = _layers(p, x_rpd, turn, (segments_rp, windows_rp), ops, saved)
-    features = _merge(p["merger"], x_rpd, ops)
+    x_rpd, deep = _layers(p, x_rpd, turn, (segments_rp, windows_rp), run, saved)
+    features = _merge(p["merger"], x_rpd, run)
     if v.window:
         features = packs(_in_order, features, where.back_m)
     if not deep:
@@ -277,36 +278,41 @@ def _on_packs(fn, *args, rules, rows):
     return mesh.local(fn, inputs=(lies,) * len(args), out=lies)(*args)
 
 
-class _Ops:
-    """Products with the tower's weights, on packs laid out as `rows` says."""
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The model, and where its packs and weights lie."""
 
-    def __init__(self, spec, rules, rows):
-        self.spec, self.rules, self.rows = spec, rules, rows
-
-    def weight(self, w, *dims):
-        dtype = jnp.dtype(self.spec.compute_dtype)
-        if self.rows is None:  # all devices compute the same gradient: nothing to sum
-            return mesh.reshard(w.astype(dtype), self.rules.gathered(*dims))
-        how = {"dtype": dtype, "reduce_dtype": self.spec.reduce_dtype}
-        return mesh.gather(w, self.rules, *dims, **how)
-
-    def product(self, x, w, *dims, inner=1):
-        """x [r, p, ...] times w; `dims` are those of w, the output's last."""
-        out = [None if dim == "embed" else dim for dim in dims[inner:]]
-        out = self.rules.pspec(self.rows, None, *out)
-        return mesh.product(x, self.weight(w, *dims), inner=inner, out=out)
-
-    def attend(self, q, k, v, segments):
-        heads = self.rules.pspec(self.rows, None, "heads", None)
-        packs = self.rules.pspec(self.rows, None)
-        kernel = functools.partial(blockwise.attention, causal=False)
-        run = mesh.local(kernel, inputs=(heads, heads, heads, packs), out=heads)
-        return run(q, k, v, segments)
+    spec: spec_lib.Spec
+    rules: mesh.Rules
+    rows: str | None
 
 
-def _layers(p, x_rpd, turn, segments, ops, saved):
+def _weight(run, w, *dims):
+    dtype = jnp.dtype(run.spec.compute_dtype)
+    if run.rows is None:  # all devices compute the same gradient: nothing to sum
+        return mesh.reshard(w.astype(dtype), run.rules.gathered(*dims))
+    how = {"dtype": dtype, "reduce_dtype": run.spec.reduce_dtype}
+    return mesh.gather(w, run.rules, *dims, **how)
+
+
+def _product(run, x, w, *dims, inner=1):
+    """x [r, p, ...] times w; `dims` are those of w, its first `inner` summed over."""
+    out = [None if dim == "embed" else dim for dim in dims[inner:]]
+    out = run.rules.pspec(run.rows, None, *out)
+    return mesh.product(x, _weight(run, w, *dims), inner=inner, out=out)
+
+
+def _attend(run, q, k, v, segments_rp):
+    heads = run.rules.pspec(run.rows, None, "heads", None)
+    packs = run.rules.pspec(run.rows, None)
+    kernel = functools.partial(blockwise.attention, causal=False)
+    each = mesh.local(kernel, inputs=(heads, heads, heads, packs), out=heads)
+    return each(q, k, v, segments_rp)
+
+
+def _layers(p, x_rpd, turn, segments, run, saved):
     """All layers, in scans that end where DeepStack takes the state out."""
-    v = ops.spec.vision
+    v = run.spec.vision
     full_l = jnp.asarray([i in v.full_layers for i in range(v.num_layers)])
 
     def body(x_rpd, layer):
@@ -314,7 +320,7 @@ def _layers(p, x_rpd, turn, segments, ops, saved):
         segments_rp = segments[0]
         if v.window:
             segments_rp = jnp.where(full, segments[0], segments[1])
-        return _layer(p, x_rpd, turn, segments_rp, ops), None
+        return _layer(p, x_rpd, turn, segments_rp, run), None
 
     if saved is not None:
         policy = jax.checkpoint_policies.save_only_these_names(*saved)
@@ -329,7 +335,7 @@ def _layers(p, x_rpd, turn, segments, ops, saved):
         if stop - 1 in v.deepstack:
             i = v.deepstack.index(stop - 1)
             mine = {k.replace("_l", "_"): w[i] for k, w in p["deepstack"].items()}
-            deep.append((i, _merge(mine, x_rpd, ops, joined=True)))
+            deep.append((i, _merge(mine, x_rpd, run, joined=True)))
     return x_rpd, [x for _, x in sorted(deep, key=lambda pair: pair[0])]
 
 
@@ -341,22 +347,22 @@ def _norm(p, name, x, v):
     return norm.layer_norm(x, weight, p[f"{stem}_bias_{end}"], EPS)
 
 
-def _layer(p, x_rpd, turn, segments_rp, ops):
-    v, dtype = ops.spec.vision, x_rpd.dtype
+def _layer(p, x_rpd, turn, segments_rp, run):
+    v, dtype = run.spec.vision, x_rpd.dtype
     y_rpd, a = _norm(p, "attention_norm_ld", x_rpd, v), p["attention"]
     heads = []
     for name in "qkv":
-        y = ops.product(y_rpd, a[f"{name}_ldnk"], "embed", "heads", None)
+        y = _product(run, y_rpd, a[f"{name}_ldnk"], "embed", "heads", None)
         y = checkpoint_name(y + a[f"{name}_bias_lnk"].astype(dtype)[None, None], name)
         heads.append(rope.apply(y, *turn) if name != "v" else y)
-    y = ops.attend(*heads, segments_rp)
-    y = ops.product(y, a["o_lnkd"], "heads", None, "embed", inner=2)
+    y = _attend(run, *heads, segments_rp)
+    y = _product(run, y, a["o_lnkd"], "heads", None, "embed", inner=2)
     x_rpd = x_rpd + y + a["o_bias_ld"].astype(dtype)[None, None]
 
     y_rpd, m = _norm(p, "mlp_norm_ld", x_rpd, v), p["mlp"]
 
     def inner(name):
-        y = ops.product(y_rpd, m[f"{name}_ldf"], "embed", "ffn")
+        y = _product(run, y_rpd, m[f"{name}_ldf"], "embed", "ffn")
         y = y + m[f"{name}_bias_lf"].astype(dtype)[None, None]
         return checkpoint_name(y, f"mlp_{name}")
 
@@ -367,26 +373,26 @@ def _layer(p, x_rpd, turn, segments_rp, ops):
         up = up * jax.nn.sigmoid(1.702 * up)
     else:
         up = jax.nn.gelu(up, approximate=True)
-    y = ops.product(up, m["down_lfd"], "ffn", "embed")
+    y = _product(run, up, m["down_lfd"], "ffn", "embed")
     return x_rpd + y + m["down_bias_ld"].astype(dtype)[None, None]
 
 
-def _merge(p, x_rpd, ops, joined=False):
+def _merge(p, x_rpd, run, joined=False):
     """Squares of patches -> tokens of the decoder: norm, two products, gelu between.
     `joined`: the norm is of whole squares."""
-    v, dtype = ops.spec.vision, x_rpd.dtype
+    v, dtype = run.spec.vision, x_rpd.dtype
     if not joined:
         x_rpd = _norm(p, "norm_d", x_rpd, v)
     r, patches, d = x_rpd.shape
     shape = (r, patches // v.merge**2, d * v.merge**2)
     if mesh.active():
-        out = ops.rules.pspec(ops.rows, None, None)
+        out = run.rules.pspec(run.rows, None, None)
         x_rmw = jax.lax.reshape(x_rpd, shape, out_sharding=out)
     else:
         x_rmw = x_rpd.reshape(shape)
     if joined:
         x_rmw = _norm(p, "norm_w", x_rmw, v)
-    y = ops.product(x_rmw, p["up_wf"], "embed", "ffn")
+    y = _product(run, x_rmw, p["up_wf"], "embed", "ffn")
     y = jax.nn.gelu(y + p["up_bias_f"].astype(dtype)[None, None], approximate=False)
-    y = ops.product(y, p["down_fo"], "ffn", "embed")
+    y = _product(run, y, p["down_fo"], "ffn", "embed")
     return y + p["down_bias_o"].astype(dtype)[None, None]

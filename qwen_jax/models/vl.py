@@ -74,9 +74,11 @@ def check(
             )
         pixels, grid = part["pixels"], part["grid_thw"]
         _check_shapes(spec.vision, name, pixels, grid, len(tokens_bt))
-        known = (grid, tokens_bt, segments_bt)
-        if not any(isinstance(x, jax.core.Tracer) for x in known):
-            _check_counts(spec.vision, name, pixels, np.asarray(grid), token, known)
+        if isinstance(grid, jax.core.Tracer):
+            continue
+        wanted = _embeddings(spec.vision, name, pixels, np.asarray(grid))
+        if not any(isinstance(x, jax.core.Tracer) for x in (tokens_bt, segments_bt)):
+            _check_counts(name, token, wanted, tokens_bt, segments_bt)
 
 
 def _check_shapes(v, name, pixels, grid, rows):
@@ -105,9 +107,10 @@ def _check_shapes(v, name, pixels, grid, rows):
         )
 
 
-def _check_counts(v, name, pixels, grid, token, known):
-    if (grid < 0).any() or (grid[..., 1:] % v.merge).any():
-        wrong = (grid < 0).any(-1) | (grid[..., 1:] % v.merge).any(-1)
+def _embeddings(v, name, pixels, grid):
+    """How many tokens images give, in each row where they come by rows."""
+    wrong = (grid < 0).any(-1) | (grid[..., 1:] % v.merge).any(-1)
+    if wrong.any():
         first = grid[wrong][0].tolist()
         raise config.InputError(
             f"grid_thw of {name} has {first}: rows {first[1]} and columns {first[2]} "
@@ -119,15 +122,18 @@ def _check_counts(v, name, pixels, grid, token, known):
             f"grid_thw of {name} counts {np.max(patches)} patches, pixels have "
             f"{pixels.shape[-2]}"
         )
-    tokens, segments = np.asarray(known[1]), known[2]
-    here = tokens == token
-    if segments is not None:
-        here &= np.asarray(segments) > 0
-    found = here.sum(-1) if grid.ndim == 3 else here.sum()
-    wanted = patches // v.merge**2
+    return patches // v.merge**2
+
+
+def _check_counts(name, token, wanted, tokens_bt, segments_bt):
+    here_bt = np.asarray(tokens_bt) == token
+    if segments_bt is not None:
+        here_bt &= np.asarray(segments_bt) > 0
+    apart = np.ndim(wanted) == 1
+    found = here_bt.sum(-1) if apart else here_bt.sum()
     if np.any(found != wanted):
         row = int(np.argmax(np.atleast_1d(found != wanted)))
-        of = f" of row {row}" if grid.ndim == 3 else ""
+        of = f" of row {row}" if apart else ""
         raise config.InputError(
             f"tokens{of} have {np.atleast_1d(found)[row]} placeholders (id {token}), "
             f"{name} give {np.atleast_1d(wanted)[row]} embeddings"

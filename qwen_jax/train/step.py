@@ -64,12 +64,16 @@ def loss_fn(
       whole: targets and tokens of the global batch.
       before: sums over the step's earlier micro-batches.
     """
+    see = {key: batch[key] for key in ("images", "videos") if key in batch}
+    # With images positions follow from tokens and grids: see models.vl.
+    given = config.document_mask and not see
     hidden_btd, routed = decoder.hidden(
         spec,
         params,
         batch["tokens_bt"],
-        positions=batch["positions_bt"] if config.document_mask else None,
+        positions=batch["positions_bt"] if given else None,
         segments=batch["segments_bt"] if config.document_mask else None,
+        **see,
         rules=rules,
         loop=config.loop,
         remat=config.remat,

@@ -19,6 +19,8 @@ from qwen_jax import params as params_lib
 from qwen_jax.models import cache as cache_lib
 from qwen_jax.models import decoder, flops, hf, hf_config, rope, vision, vl
 from qwen_jax.models import spec as spec_lib
+from qwen_jax.optim import build
+from qwen_jax.train import step
 from tests.models import tiny_vl
 
 # Weights of the published checkpoints: half of `total_size` in the index of their
@@ -317,6 +319,58 @@ def test_loops_and_remat_change_nothing():
         theirs,
         grads,
     )
+
+
+def test_bfloat16_stays_close():
+    """Eight bits of each product, through a tower and a decoder of three layers."""
+    spec = tiny("qwen3_vl")
+    ids, see, _ = example(spec)
+    run = jax.jit(models.forward, static_argnums=0)
+    want = run(spec, plain("qwen3_vl")[0], ids, **see)
+    half = dataclasses.replace(spec, compute_dtype="bfloat16")
+    got = run(half, plain("qwen3_vl")[0], ids, **see)
+    assert got.dtype == jnp.float32
+    assert np.abs(got - want).max() < 0.1 * np.asarray(want).std()
+
+
+def test_micro_batches_with_images_sum_to_the_whole():
+    """A step's batch has the images of each row by itself; two documents a row."""
+    spec = tiny("qwen2_5_vl")
+    ids, _, apart = example(spec, rows=4)
+    segments = np.ones_like(ids)
+    segments[:, 16:] = 2  # between an image and the video
+    batch = {
+        "tokens_bt": ids,
+        "targets_bt": np.roll(ids, -1, axis=1),
+        "mask_bt": (np.arange(ids.shape[1]) < 20)[None]
+        * np.ones(ids.shape, np.float32),
+        "segments_bt": segments,
+        "positions_bt": 0 * ids,
+        **apart,
+    }
+    how = {"spec": spec, "rules": mesh.Rules(), "config": step.StepConfig()}
+    run = jax.jit(functools.partial(step.gradients, **how))
+    both = []
+    for micro in (1, 2):
+        parts = jax.tree.map(lambda x, m=micro: x.reshape(m, -1, *x.shape[1:]), batch)
+        both.append(run(plain("qwen2_5_vl")[0], parts))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()),
+        both[1],
+        both[0],
+    )
+    assert np.abs(both[0][0]["vision"]["patch_yd"]).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", tiny_vl.CASES)
+def test_the_optimizer_knows_the_weights_of_a_tower(name):
+    labels = build.label_tree(decoder.decoder_params(tiny(name)))["vision"]
+    assert labels["patch_yd"] == labels["layers"]["attention"]["q_ldnk"] == "matrix"
+    assert labels["merger"]["down_fo"] == "matrix"
+    assert (
+        labels["merger"]["norm_d"] == labels["layers"]["mlp"]["up_bias_lf"] == "vector"
+    )
+    assert labels.get("place_vd", "embedding") == "embedding"
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
