@@ -381,7 +381,7 @@ def check_spec(spec: spec_lib.Spec) -> None:
         family
         for family, known in FAMILIES.items()
         if known.sparse == (spec.moe is not None)
-        and not _told_otherwise(dataclasses.replace(spec, family=family))
+        and _fits(dataclasses.replace(spec, family=family))
     ]
     fixes = [f"--config.model.family={family}" for family in fitting] or [
         " ".join(f"--config.model.{name}={told}" for name, (_, told) in wrong.items())
@@ -392,6 +392,13 @@ def check_spec(spec: spec_lib.Spec) -> None:
         f"{listed}; set {' or '.join(fixes)}, or --config.export=false to train "
         "without a Hugging Face folder at the end"
     )
+
+
+def _fits(spec: spec_lib.Spec) -> bool:
+    try:
+        return not _told_otherwise(spec)
+    except config.InputError:  # not even a model
+        return False
 
 
 def _told_otherwise(spec: spec_lib.Spec) -> dict[str, tuple[Any, Any]]:

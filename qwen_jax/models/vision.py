@@ -22,6 +22,7 @@ Raises: nothing here; `vl.check` has the checks.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -176,6 +177,24 @@ def layout(tower: spec_lib.Vision, grid_i3: jax.Array, patches: int) -> Layout:
     )
 
 
+def layouts(
+    tower: spec_lib.Vision, grids: Sequence[jax.Array], sizes: Sequence[int]
+) -> Layout:
+    """One layout of several packs behind one another, each with its own padding."""
+    parts, frames, windows, start = [], 0, 0, 0
+    for grid_i3, size in zip(grids, sizes, strict=True):
+        one = layout(tower, grid_i3, size)
+        more = {"frame_p": jnp.where(one.frame_p > 0, one.frame_p + frames, 0)}
+        if tower.window:
+            window_p = jnp.where(one.window_p > 0, one.window_p + windows, 0)
+            more |= {"window_p": window_p, "order_p": one.order_p + start}
+            more |= {"back_m": one.back_m + start // tower.merge**2}
+        parts.append(one.replace(**more))
+        frames = frames + jnp.sum(grid_i3[:, 0])
+        windows, start = windows + size, start + size  # a window has a patch at least
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+
 def angles(tower: spec_lib.Vision, row_p, column_p, dtype) -> tuple[Any, Any]:
     """cos, sin [..., head_width / 2]: one half of the pairs turns with the row, the
     other with the column."""
@@ -214,30 +233,30 @@ def placed(
 def tower(
     spec: spec_lib.Spec,
     p: dict[str, Any],
-    pixels_rpy: jax.Array,
-    grid_ri3: jax.Array,
+    packs: Sequence[tuple[jax.Array, jax.Array]],
     *,
     rules: mesh.Rules,
     rows: str | None,
     saved: tuple[str, ...] | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Embeddings of merged patches, and those of DeepStack's layers or None.
+) -> list[tuple[jax.Array, jax.Array | None]]:
+    """Embeddings of merged patches, and those of DeepStack's layers or None, of images
+    and of videos, which pass together.
 
     Args:
       spec: the model.
       p: the tower's weights.
-      pixels_rpy: packs of patches.
-      grid_ri3: frames, rows, columns of each image of a pack; zeros fill up.
+      packs: (pixels_rpy, grid_ri3) of each; zeros fill up the grids.
       rules: dims -> mesh axes.
       rows: "batch" when packs lie with the rows of the batch, None when each device
         has them all.
       saved: names of activations kept for the backward pass, None for all.
     """
     v, dtype = spec.vision, jnp.dtype(spec.compute_dtype)
-    packs = functools.partial(_on_packs, rules=rules, rows=rows)
-    where = packs(
-        lambda g: jax.vmap(lambda g: layout(v, g, pixels_rpy.shape[1]))(g), grid_ri3
-    )
+    local = functools.partial(_on_packs, rules=rules, rows=rows)
+    sizes = [pixels.shape[1] for pixels, _ in packs]
+    pixels_rpy = jnp.concatenate([pixels for pixels, _ in packs], axis=1)
+    each = jax.vmap(lambda *grids: layouts(v, grids, sizes))
+    where = local(each, *(grid for _, grid in packs))
     run = _Run(spec, rules, rows)
     x_rpd = _product(run, pixels_rpy.astype(dtype), p["patch_yd"], None, "embed")
     if v.patch_bias:
@@ -253,7 +272,7 @@ def tower(
     segments_rp = windows_rp = where.frame_p
     row_rp, column_rp = where.row_p, where.column_p
     if v.window:
-        take = functools.partial(packs, _in_order)
+        take = functools.partial(local, _in_order)
         windows_rp = where.window_p
         x_rpd, segments_rp, row_rp, column_rp = (
             take(a, where.order_p) for a in (x_rpd, segments_rp, row_rp, column_rp)
@@ -262,10 +281,15 @@ def tower(
     x_rpd, deep = _layers(p, x_rpd, turn, (segments_rp, windows_rp), run, saved)
     features = _merge(p["merger"], x_rpd, run)
     if v.window:
-        features = packs(_in_order, features, where.back_m)
-    if not deep:
-        return features, None
-    return features, jnp.stack(deep)
+        features = local(_in_order, features, where.back_m)
+    deep_lrmo = jnp.stack(deep) if deep else None
+    out, start = [], 0
+    for size in sizes:
+        stop = start + size // v.merge**2
+        mine = None if deep_lrmo is None else deep_lrmo[:, :, start:stop]
+        out.append((features[:, start:stop], mine))
+        start = stop
+    return out
 
 
 def _in_order(x, order):

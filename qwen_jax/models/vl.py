@@ -66,6 +66,11 @@ def check(
             f"{' and '.join(given)} given to a {spec.family} model without vision; "
             "load a vision-language folder with all its parts"
         )
+    if images and videos and images["pixels"].ndim != videos["pixels"].ndim:
+        raise config.InputError(
+            f"pixels of images have shape {images['pixels'].shape}, of videos "
+            f"{videos['pixels'].shape}: give both by rows, or neither"
+        )
     for name, part, token in _parts(spec, images, videos):
         missing = {"pixels", "grid_thw"} - set(part)
         if missing:
@@ -268,18 +273,20 @@ def embed(
 ) -> tuple[jax.Array, jax.Array | None]:
     """(x_btd with the tower's embeddings at the placeholders, what DeepStack adds
     behind each of the first layers: [l, b, t, d], zero elsewhere, or None)."""
-    deep_lbtd = None
-    for _, part, token in _parts(spec, images, videos):
+    parts = list(_parts(spec, images, videos))
+    rows = "batch" if parts[0][1]["pixels"].ndim == 3 else None
+    packs = []
+    for _, part, _ in parts:
         pixels, grid = jnp.asarray(part["pixels"]), jnp.asarray(part["grid_thw"])
-        rows = "batch" if pixels.ndim == 3 else None
         if rows is None:
             pixels, grid = pixels[None], grid[None]
         pixels = mesh.reshard(pixels, rules.pspec(rows, None, None))
         grid = mesh.reshard(grid.astype(jnp.int32), rules.pspec(rows, None, None))
-        with jax.named_scope("vision"):
-            out, deep = vision.tower(
-                spec, p, pixels, grid, rules=rules, rows=rows, saved=saved
-            )
+        packs.append((pixels, grid))
+    with jax.named_scope("vision"):
+        outs = vision.tower(spec, p, packs, rules=rules, rows=rows, saved=saved)
+    deep_lbtd = None
+    for (_, _, token), (_, grid), (out, deep) in zip(parts, packs, outs, strict=True):
         mask_bt = tokens_bt == token
         if segments_bt is not None:
             mask_bt = mask_bt & (segments_bt > 0)

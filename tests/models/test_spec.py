@@ -148,7 +148,7 @@ def test_a_published_size_is_told_by_its_config(name):
             "set --config.model.qkv_bias=True, or",
         ),
         ("qwen2-7b", {"family": "qwen3"}, "qkv_bias is", "model.family=qwen2, or"),
-        ("qwen3-8b", {"family": "qwen3_vl"}, "vision is None", "family=qwen3 or"),
+        ("qwen3-8b", {"family": "qwen3_vl"}, "vision is None", "family=qwen3, or"),
         ("qwen3-vl-8b", {"family": "qwen3"}, "there None", "family=qwen3_vl, or"),
         (
             "qwen2-7b",

@@ -364,7 +364,7 @@ def test_micro_batches_with_images_sum_to_the_whole():
 
 @pytest.mark.parametrize("name", tiny_vl.CASES)
 def test_the_optimizer_knows_the_weights_of_a_tower(name):
-    labels = build.label_tree(decoder.decoder_params(tiny(name)))["vision"]
+    labels = build.label_tree(vision.vision_params(tiny(name)))
     assert labels["patch_yd"] == labels["layers"]["attention"]["q_ldnk"] == "matrix"
     assert labels["merger"]["down_fo"] == "matrix"
     assert (
@@ -505,6 +505,13 @@ def test_rows_apart_that_do_not_fit_are_named():
     ids[1, 3] = 5
     with pytest.raises(config.InputError, match="tokens of row 1 have 6 placeholders"):
         vl.check(spec, ids, images=apart["images"])
+
+
+def test_images_by_rows_with_videos_of_all_rows_are_refused():
+    spec = tiny("qwen3_vl")
+    ids, see, apart = example(spec, rows=2)
+    with pytest.raises(config.InputError, match="give both by rows, or neither"):
+        vl.check(spec, ids, images=apart["images"], videos=see["videos"])
 
 
 def test_a_model_without_vision_refuses_images():
