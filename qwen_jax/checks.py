@@ -95,7 +95,8 @@ def init_from(exp: experiment.Experiment, say: Callable[[str], None]) -> None:
     """Refuse a model folder whose weights are not those of this model; say what else
     differs (another RoPE base may be meant)."""
     folder = exp.train.init_from
-    there = hf.read_spec(folder)
+    parts = "text" if exp.model.vision is None else "all"
+    there = hf.read_spec(folder, parts=parts)
     own = ("param_dtype", "compute_dtype", "reduce_dtype", "attention")
     own += ("max_positions", "init_std")
     lines = [

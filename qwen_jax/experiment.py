@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from qwen_jax import config
 from qwen_jax import mesh as mesh_lib
 from qwen_jax.data import loader
-from qwen_jax.models import decoder
+from qwen_jax.models import decoder, sizes
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.optim import build
 
@@ -199,7 +199,7 @@ def resolve(
     overrides = [(k, v) for k, v in overrides if k != "model.base"]
     model.pop("base", "")
     if base:
-        given["model"] = config.merge(config.thaw(spec_lib.get(base)), model)
+        given["model"] = config.merge(config.thaw(sizes.get(base)), model)
     if data_path:
         given.setdefault("data", {})["sources"] = [{"path": data_path}]
     whole = complete(Experiment, given)

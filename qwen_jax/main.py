@@ -314,6 +314,7 @@ def _fresh(exp: experiment.Experiment, setup: prepare.Setup) -> state.State:
         _, weights = models.load(
             exp.train.init_from,
             dtype=exp.model.param_dtype,
+            parts="text" if exp.model.vision is None else "all",
             device_mesh=setup.device_mesh,
             rules=exp.rules,
         )

@@ -7,8 +7,7 @@ import re
 import pytest
 
 from qwen_jax import config, experiment, prepare
-from qwen_jax.models import flops
-from qwen_jax.models import spec as spec_lib
+from qwen_jax.models import flops, sizes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "experiments").rglob("*.py"))
@@ -84,7 +83,7 @@ def test_an_unknown_argument_is_refused(path):
 def test_the_model_is_the_published_size_the_file_is_named_after(path):
     name = re.sub(r"(?<=\d)p(?=\d)", ".", path.stem).replace("_", "-")
     exp = experiment.resolve(str(path))
-    want = config.thaw(spec_lib.get(name))
+    want = config.thaw(sizes.get(name))
     got = config.thaw(exp.model)
     assert {key for key, *_ in config.diff(want, got)} <= set(CHOSEN)
     assert exp.model.param_dtype == "float32"

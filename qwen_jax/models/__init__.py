@@ -17,8 +17,7 @@ import jax
 from qwen_jax import mesh as mesh_lib
 from qwen_jax import params as params_lib
 from qwen_jax import rng
-from qwen_jax.models import decoder, gguf, hf
-from qwen_jax.models import spec as spec_lib
+from qwen_jax.models import decoder, gguf, hf, sizes
 from qwen_jax.models.decoder import forward
 from qwen_jax.models.heads import embed, score
 from qwen_jax.models.hf import save
@@ -57,7 +56,7 @@ def init(
     device_mesh: jax.sharding.Mesh | None = None,
     rules: mesh_lib.Rules | None = None,
 ) -> Any:
-    """Random weights of a Spec (or a name of spec.NAMED), in its param_dtype.
+    """Random weights of a Spec (or a name of sizes.NAMED), in its param_dtype.
 
     Args:
       spec: the model, or a published size such as "qwen3-0.6b".
@@ -66,7 +65,7 @@ def init(
       rules: dims -> mesh axes.
     """
     if isinstance(spec, str):
-        spec = spec_lib.get(spec)
+        spec = sizes.get(spec)
     tree = decoder.decoder_params(spec)
     layout = None
     if device_mesh is not None:

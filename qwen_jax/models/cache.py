@@ -7,7 +7,9 @@ serves prefill (many tokens), decoding (one token) and chunks in between.
 
 Shapes: keys and values in the compute dtype with s slots; segments_bs int32 (0 = empty
 slot or padding); tail_segments_bj int32, the segments of the last tokens of each row;
-length int32 scalar: slots written so far, the same for every row.
+length int32 scalar: slots written so far, the same for every row; offset_b int32, by
+how much each row's next position differs from its count of real tokens (images and
+videos take fewer positions than tokens, long videos more).
 Rows of different prompt length are padded (segment 0) on either side; positions are
 given by the caller or counted per row from the tokens that are not padding.
 Raises: nothing inside jit; a write past the last slot is the caller's to prevent
@@ -36,6 +38,7 @@ class Cache:
     segments_bs: jax.Array
     tail_segments_bj: jax.Array
     length: jax.Array
+    offset_b: jax.Array
 
     @property
     def slots(self) -> int:
@@ -77,7 +80,26 @@ def init(
         segments_bs=mesh.reshard(jnp.zeros((rows, slots), jnp.int32), layout),
         tail_segments_bj=mesh.reshard(tail, layout),
         length=jnp.zeros((), jnp.int32),
+        offset_b=mesh.reshard(jnp.zeros((rows,), jnp.int32), rules.pspec("batch")),
     )
+
+
+def next_positions(cache: Cache) -> jax.Array:
+    """The position of the next token of each row: [b]."""
+    return jnp.sum(cache.segments_bs > 0, axis=1) + cache.offset_b
+
+
+def offsets(
+    cache: Cache, positions: jax.Array | None, segments_bt: jax.Array
+) -> jax.Array:
+    """`offset_b` once tokens with these positions are in: where they are threefold, the
+    next one follows the largest of all."""
+    if positions is None or positions.ndim == 2:
+        return cache.offset_b
+    real_bt = segments_bt > 0
+    top_b = jnp.max(jnp.where(real_bt[None], positions, -1), axis=(0, 2))
+    count_b = jnp.sum(cache.segments_bs > 0, axis=1) + jnp.sum(real_bt, axis=1)
+    return jnp.where(top_b < 0, cache.offset_b, top_b + 1 - count_b)
 
 
 def room(cache: Cache) -> int:

@@ -26,7 +26,7 @@ import numpy as np
 
 from qwen_jax import config, mesh
 from qwen_jax.models import cache as cache_lib
-from qwen_jax.models import decoder
+from qwen_jax.models import decoder, vl
 from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.models import spec as spec_lib
 
@@ -44,6 +44,8 @@ def generate(
     max_tokens: int,
     sampling: sampling_lib.Sampling | Sequence[sampling_lib.Sampling] | None = None,
     stop_ids: Sequence[int] | None = None,
+    images: vl.Part | None = None,
+    videos: vl.Part | None = None,
     rules: mesh.Rules | None = None,
 ) -> list[list[int]]:
     """New token ids of each prompt.
@@ -55,6 +57,8 @@ def generate(
       max_tokens: most new tokens.
       sampling: for all prompts or for each; None is greedy.
       stop_ids: ids that end an answer; None for the model's `eos_ids`.
+      images: those of all prompts in order, as in `vl`.
+      videos: likewise.
       rules: dims -> mesh axes.
     Raises:
       config.InputError: no prompts, an empty prompt, ids outside the vocabulary, more
@@ -62,6 +66,8 @@ def generate(
     """
     rules = rules or mesh.Rules()
     tokens_bt, segments_bt = rows_of(spec, prompts, max_tokens, rules)
+    see = {"images": images, "videos": videos}
+    vl.check(spec, tokens_bt, segments_bt, **see)
     wishes = _each(sampling, len(prompts))
     stop_ids = tuple(spec.eos_ids if stop_ids is None else stop_ids)
     filled = [i % len(prompts) for i in range(len(tokens_bt))]
@@ -75,6 +81,7 @@ def generate(
             segments_bt,
             seen_bv,
             sampling_lib.stack([wishes[i] for i in filled]),
+            see,
             spec=spec,
             max_tokens=max_tokens,
             stop_ids=stop_ids,
@@ -91,7 +98,7 @@ def rows_of(
     rules: mesh.Rules,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens_bt, segments_bt) of prompts padded on the left, as many rows as the mesh
-    divides (the first prompts again); refuses what `generate` refuses."""
+    divides; refuses what `generate` refuses."""
     check(spec, prompts, max_tokens)
     longest = max(len(p) for p in prompts)
     bucket = -(-longest // BUCKET) * BUCKET
@@ -100,7 +107,8 @@ def rows_of(
     tokens_bt = np.zeros((rows, bucket), np.int32)
     segments_bt = np.zeros((rows, bucket), np.int32)
     for i in range(rows):
-        prompt = prompts[i % len(prompts)]
+        # Rows that fill up the mesh have one token, and no images that are not there.
+        prompt = prompts[i] if i < len(prompts) else [0]
         tokens_bt[i, bucket - len(prompt) :] = prompt
         segments_bt[i, bucket - len(prompt) :] = 1
     return tokens_bt, segments_bt
@@ -168,6 +176,7 @@ def _generate(
     segments_bt,
     seen_bv,
     wishes,
+    see,
     *,
     spec,
     max_tokens,
@@ -182,7 +191,7 @@ def _generate(
     b, t = tokens_bt.shape
     cache = cache_lib.init(spec, b, t + max_tokens, rules)
     hidden_btd, cache = decoder.hidden_cached(
-        spec, params, tokens_bt, cache, segments=segments_bt, rules=rules
+        spec, params, tokens_bt, cache, segments=segments_bt, rules=rules, **see
     )
 
     def pick(hidden_btd, seen_bv, i):
@@ -338,6 +347,7 @@ def _cut(cache, slots):
     recurrent state, a ring, anything that is not known here."""
     fields = {field.name for field in dataclasses.fields(cache)}
     known = {"attention", "delta", "segments_bs", "tail_segments_bj", "length"}
+    known |= {"offset_b"}  # nothing without images, which `stream` does not take
     whole = cache.attention is not None and all(
         leaf.ndim == 5 and leaf.shape[2] == cache.slots
         for leaf in jax.tree.leaves(cache.attention)

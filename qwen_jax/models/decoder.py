@@ -22,7 +22,6 @@ products, and a comma-separated list keeps those names (see `SAVED`).
 Raises: config.InputError for a bad `remat`, ValueError for shapes.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +35,7 @@ from qwen_jax.models import cache as cache_lib
 from qwen_jax.models import delta as delta_lib
 from qwen_jax.models import mlp as mlp_lib
 from qwen_jax.models import moe as moe_lib
-from qwen_jax.models import norm, places
+from qwen_jax.models import norm, places, stretches, vision, vl
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.params import Param, normal, ones, zeros
 
@@ -58,6 +57,8 @@ def decoder_params(spec: spec_lib.Spec) -> dict[str, Any]:
         tree["mtp"] = mtp_params(spec)
     if spec.head == "tokens" and not spec.tie_embedding:
         tree["head_vd"] = Param((v, d), ("vocab", "embed"), init)
+    if spec.vision is not None:
+        tree["vision"] = vision.vision_params(spec)
     return tree | score_params(spec)
 
 
@@ -114,36 +115,17 @@ def score_params(spec: spec_lib.Spec) -> dict[str, Param]:
     return tree
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _layers_of(stacked, count):
-    """Stacked leaves -> list of layers. The backward pass stacks the cotangents once;
-    autodiff of slices would add `count` full-size arrays."""
-    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)]
-
-
-_layers_of.defvjp(
-    lambda stacked, count: (_layers_of(stacked, count), None),
-    lambda count, _, parts: (jax.tree.map(lambda *xs: jnp.stack(xs), *parts),),
-)
-
-
-def _owners(spec: spec_lib.Spec) -> dict[str, tuple[int, ...]]:
-    """The layers whose weights each stack holds, in its order."""
-    every = tuple(range(spec.num_layers))
-    named = {k: spec.layers_with(k) for k in ("attention", "delta", "mlp", "moe")}
-    return {"attention_norm_ld": every, "mlp_norm_ld": every} | {
-        k: layers for k, layers in named.items() if layers
-    }
-
-
 def unstacked(spec: spec_lib.Spec, params: dict[str, Any]) -> dict[str, Any]:
     """The same weights with `layers` as a list, for decoding on a CPU."""
     layers = params["layers"]
     if isinstance(layers, list):
         return params
     parts = [{} for _ in range(spec.num_layers)]
-    for stack, owners in _owners(spec).items():
-        for i, part in zip(owners, _layers_of(layers[stack], len(owners)), strict=True):
+    owned = stretches.owners(spec, len(layers.get(stretches.DEEP, ())))
+    for stack, owners in owned.items():
+        for i, part in zip(
+            owners, stretches.layers_of(layers[stack], len(owners)), strict=True
+        ):
             parts[i][stack] = part
     return params | {"layers": parts}
 
@@ -190,7 +172,12 @@ def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, kind, chunke
                 chunked=chunked,
             )
         x_btd = x_btd + y_btd
-    return _feed_forward(p, x_btd, segments_bt, spec, rules, kind)
+    x_btd, stats = _feed_forward(p, x_btd, segments_bt, spec, rules, kind)
+    return _deepened(p, x_btd, kind), stats
+
+
+def _deepened(p, x_btd, kind):
+    return x_btd + p[stretches.DEEP] if kind.deep else x_btd
 
 
 def block(
@@ -227,70 +214,6 @@ def _feed_forward(p, x_btd, segments_bt, spec, rules, kind):
         return x_btd + mlp_lib.mlp(p["mlp"], y_btd, spec, rules), None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stretch:
-    """Layers start .. start + len(kinds) * repeats: the pattern `kinds`, repeated."""
-
-    start: int
-    kinds: tuple[spec_lib.Kind, ...]
-    repeats: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.kinds) * self.repeats
-
-
-def _stretches(kinds: tuple[spec_lib.Kind, ...]) -> list[_Stretch]:
-    """The layers as few repeated patterns: one for uniform and for hybrid models."""
-    out, start = [], 0
-    while start < len(kinds):
-        left = len(kinds) - start
-        best = _Stretch(start, kinds[start : start + 1], 1)
-        for period in range(1, left // 2 + 1):
-            pattern = kinds[start : start + period]
-            repeats = 1
-            while kinds[start + repeats * period :][:period] == pattern:
-                repeats += 1
-            found = _Stretch(start, pattern, repeats)
-            if repeats > 1 and found.stop > best.stop:
-                best = found
-        out.append(best)
-        start = best.stop
-    return out
-
-
-def _repeats_of(layers: dict[str, Any], stretch: _Stretch, owners) -> dict[str, Any]:
-    """The stretch's part of every stack, [repeats, layers of the pattern, ...]."""
-    parts = {}
-    for stack, held in owners.items():
-        mine = [i for i in held if stretch.start <= i < stretch.stop]
-        if not mine:
-            continue
-        first, count = held.index(mine[0]), len(mine)
-
-        def cut(x, first=first, count=count):
-            if count != x.shape[0]:
-                x = x[first : first + count]
-            return mesh.split_first(x, stretch.repeats, count // stretch.repeats)
-
-        parts[stack] = jax.tree.map(cut, layers[stack])
-    return parts
-
-
-def _layers_in(part: dict[str, Any], stretch: _Stretch) -> list[dict[str, Any]]:
-    """One repeat's weights -> those of each layer of the pattern."""
-    used = dict.fromkeys(part, 0)
-    out = []
-    for kind in stretch.kinds:
-        mine = {}
-        for stack in ("attention_norm_ld", "mlp_norm_ld", *spec_lib.stacks(kind)):
-            i = used[stack]
-            mine[stack] = jax.tree.map(lambda x, i=i: x[i], part[stack])
-            used[stack] += 1
-        out.append(mine)
-    return out
-
-
 def hidden(
     spec: spec_lib.Spec,
     params: dict[str, Any],
@@ -298,6 +221,8 @@ def hidden(
     *,
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
+    images: vl.Part | None = None,
+    videos: vl.Part | None = None,
     rules: mesh.Rules | None = None,
     loop: str = "scan",
     remat: str = "none",
@@ -306,8 +231,18 @@ def hidden(
     the routers counted, stacked over sparse layers, or None: see `moe`)."""
     rules = rules or mesh.Rules()
     b, t = tokens_bt.shape
+    see = {"images": images, "videos": videos, "rules": rules}
+    x_btd, deep_lbtd = _embed(
+        spec, params, tokens_bt, segments, saved=saved_names(remat), **see
+    )
+    if positions is None and (images is not None or videos is not None):
+        positions = vl.placed_positions(
+            spec, tokens_bt, segments, images, videos, None, rules
+        )
     (cos_btk, sin_btk), chunked = places.of_rows(spec, b, t, positions, segments, rules)
-    x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
+    deep = 0 if deep_lbtd is None else len(deep_lbtd)
+    params = params | {"layers": stretches.with_deep(params["layers"], deep_lbtd)}
+    kinds = stretches.kinds(spec, deep)
     layer_for = functools.partial(
         block, spec, rules, remat=remat, scanned=loop == "scan", chunked=chunked
     )
@@ -315,23 +250,23 @@ def hidden(
         params = unstacked(spec, params)
     layers, counted = params["layers"], []
     if isinstance(layers, list):
-        for kind, p in zip(spec.kinds, layers, strict=True):
+        for kind, p in zip(kinds, layers, strict=True):
             x_btd, stats = layer_for(kind)(p, x_btd, cos_btk, sin_btk, segments)
             counted += [] if stats is None else [jax.tree.map(lambda x: x[None], stats)]
     else:
-        owners = _owners(spec)
-        for stretch in _stretches(spec.kinds):
+        owners = stretches.owners(spec, deep)
+        for stretch in stretches.stretches(kinds):
 
             def body(x, part, stretch=stretch):
                 counted = []
                 for kind, p in zip(
-                    stretch.kinds, _layers_in(part, stretch), strict=True
+                    stretch.kinds, stretches.layers_in(part, stretch), strict=True
                 ):
                     x, stats = layer_for(kind)(p, x, cos_btk, sin_btk, segments)
                     counted += [] if stats is None else [stats]
-                return x, _stacked(counted)
+                return x, stretches.stacked(counted)
 
-            part = _repeats_of(layers, stretch, owners)
+            part = stretches.repeats_of(layers, stretch, owners)
             x_btd, stats = jax.lax.scan(body, x_btd, part)
             if stats is not None:
                 counted.append(jax.tree.map(mesh.join_first, stats))
@@ -339,8 +274,15 @@ def hidden(
     return _norm(params["norm_d"], x_btd, spec), stats
 
 
-def _stacked(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees) if trees else None
+def _embed(spec, params, tokens_bt, segments, *, images, videos, rules, saved):
+    """(embeddings of the tokens, images and videos in their places; what DeepStack adds
+    behind the first layers, or None)."""
+    vl.check(spec, tokens_bt, segments, images=images, videos=videos)
+    x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
+    if images is None and videos is None:
+        return x_btd, None
+    see = {"images": images, "videos": videos, "rules": rules, "saved": saved}
+    return vl.embed(spec, params["vision"], x_btd, tokens_bt, segments, **see)
 
 
 def head_vd(spec: spec_lib.Spec, params: dict[str, Any]) -> jax.Array:
@@ -379,6 +321,8 @@ def forward(
     *,
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
+    images: vl.Part | None = None,
+    videos: vl.Part | None = None,
     cache: cache_lib.Cache | None = None,
     rules: mesh.Rules | None = None,
     loop: str = "scan",
@@ -390,9 +334,12 @@ def forward(
       spec: what the model is.
       params: its weights (stacked, or `unstacked`).
       tokens_bt: int32 [b, t].
-      positions: int32 [b, t]; default 0..t-1, or with a cache the count of real tokens
-        before each.
+      positions: int32 [b, t], or [3, b, t] for images and videos; default 0..t-1, or
+        with a cache the count of real tokens before each, or with images what
+        `vl.positions` gives.
       segments: int32 [b, t]; a token attends only inside its segment; 0 = padding.
+      images: {"pixels": [p, y], "grid_thw": [i, 3]} of the placeholders: see `vl`.
+      videos: likewise.
       cache: decoding state from `cache.init` or an earlier call.
       rules: dims -> mesh axes.
       loop: "scan" or "unroll" over the layers.
@@ -408,6 +355,8 @@ def forward(
             tokens_bt,
             positions=positions,
             segments=segments,
+            images=images,
+            videos=videos,
             rules=rules,
             loop=loop,
             remat=remat,
@@ -420,6 +369,8 @@ def forward(
         cache,
         positions=positions,
         segments=segments,
+        images=images,
+        videos=videos,
         rules=rules,
     )
     return logits(spec, params, x_btd, rules), cache
@@ -433,6 +384,8 @@ def hidden_cached(
     *,
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
+    images: vl.Part | None = None,
+    videos: vl.Part | None = None,
     rules: mesh.Rules | None = None,
     keep: bool = False,
 ) -> tuple[jax.Array, cache_lib.Cache]:
@@ -445,6 +398,13 @@ def hidden_cached(
     rows = rules.pspec("batch", None)
     if segments is None:
         segments = mesh.reshard(jnp.ones((b, t), jnp.int32), rows)
+    see = {"images": images, "videos": videos, "rules": rules}
+    x_btd, deep_lbtd = _embed(spec, params, tokens_bt, segments, saved=None, **see)
+    if positions is None and (images is not None or videos is not None):
+        before_b = cache_lib.next_positions(cache)
+        positions = vl.placed_positions(
+            spec, tokens_bt, segments, images, videos, before_b, rules
+        )
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     put = mesh.local(put, inputs=(rows, rows, jax.P()), out=rows)
     slots_bs = put(cache.segments_bs, segments, cache.length)
@@ -460,17 +420,17 @@ def hidden_cached(
         chunked=chunked,
         keep=keep,
     )
-    x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
+    deep = 0 if deep_lbtd is None else len(deep_lbtd)
+    all_layers = stretches.with_deep(params["layers"], deep_lbtd)
     new = {k: [] for k in ("attention", "delta") if getattr(cache, k) is not None}
-    owners = _owners(spec)
-    for stretch in _stretches(spec.kinds):
+    owners = stretches.owners(spec, deep)
+    for stretch in stretches.stretches(stretches.kinds(spec, deep)):
         held = {k: getattr(cache, k) for k in new}
-        held = _repeats_of(held, stretch, {k: owners[k] for k in new})
-        layers = params["layers"]
-        if isinstance(layers, list):
-            layers = layers[stretch.start : stretch.stop]
+        held = stretches.repeats_of(held, stretch, {k: owners[k] for k in new})
+        if isinstance(all_layers, list):
+            layers = all_layers[stretch.start : stretch.stop]
         else:
-            layers = _repeats_of(layers, stretch, owners)
+            layers = stretches.repeats_of(all_layers, stretch, owners)
         x_btd, parts = _cached_stretch(layer, stretch, layers, x_btd, held)
         for stack, part in parts.items():
             new[stack].append(jax.tree.map(mesh.join_first, part))
@@ -482,8 +442,14 @@ def hidden_cached(
     if "delta" in held:
         run = mesh.local(delta_lib.tail_segments, inputs=(rows, rows), out=rows)
         tail_bj = run(tail_bj, segments)
+    offset_b = cache_lib.offsets(cache, positions, segments)
     cache = cache_lib.Cache(
-        held.get("attention"), held.get("delta"), slots_bs, tail_bj, cache.length + t
+        held.get("attention"),
+        held.get("delta"),
+        slots_bs,
+        tail_bj,
+        cache.length + t,
+        offset_b,
     )
     return _norm(params["norm_d"], x_btd, spec), cache
 
@@ -527,7 +493,7 @@ def cached_layer(
         )
         held = {"k_bshk": keys, "v_bshk": values}
     x_btd, _ = _feed_forward(p, x_btd + y_btd, segments, spec, rules, kind)
-    return x_btd, held
+    return _deepened(p, x_btd, kind), held
 
 
 def _cached_stretch(layer, stretch, layers, x_btd, held):
@@ -542,11 +508,11 @@ def _cached_stretch(layer, stretch, layers, x_btd, held):
             x, mine = layer(p, x, mine, kind)
             new[kind.mixer].append(mine)
             used[kind.mixer] += 1
-        return x, {k: _stacked(v) for k, v in new.items()}
+        return x, {k: stretches.stacked(v) for k, v in new.items()}
 
     if not isinstance(layers, list):
         return jax.lax.scan(
-            lambda x, now: body(x, (_layers_in(now[0], stretch), now[1])),
+            lambda x, now: body(x, (stretches.layers_in(now[0], stretch), now[1])),
             x_btd,
             (layers, held),
         )
@@ -555,4 +521,4 @@ def _cached_stretch(layer, stretch, layers, x_btd, held):
         mine = jax.tree.map(lambda x, r=r: x[r], held)
         x_btd, new = body(x_btd, (layers[r * each : (r + 1) * each], mine))
         news.append(new)
-    return x_btd, _stacked(news)
+    return x_btd, stretches.stacked(news)

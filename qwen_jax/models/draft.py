@@ -194,6 +194,7 @@ def keep(
         put(before.segments_bs, real_bt, before.length),
         tail_bj,
         before.length + advance,
+        before.offset_b,
     )
 
 

@@ -5,6 +5,7 @@ Source: every matrix product costs 2 FLOPs a weight and token; attention over a 
 of average length s costs 4 * n * k * s a layer and token (scores and weighted values).
 The gated delta rule costs 6 * k * u a value head: its state is read, written and read.
 With experts only the picked ones count. The backward pass costs twice the forward.
+The vision tower is left out: it meets patches, not tokens.
 Norms, RoPE, softmax are left out (below 1 %). The embedding lookup is no product; the
 head is, tied or not.
 
@@ -15,13 +16,18 @@ keys on average; False counts t, the convention of published MFU figures.
 import dataclasses
 
 from qwen_jax import params
-from qwen_jax.models import decoder
+from qwen_jax.models import decoder, vision
 from qwen_jax.models import spec as spec_lib
 
 
 def num_params(spec: spec_lib.Spec) -> int:
     """All weights, the embedding once."""
     return params.count(decoder.decoder_params(spec))
+
+
+def num_vision(spec: spec_lib.Spec) -> int:
+    """Weights of the tower in front, which tokens of text do not meet."""
+    return 0 if spec.vision is None else params.count(vision.vision_params(spec))
 
 
 def num_non_embedding(spec: spec_lib.Spec) -> int:
@@ -54,7 +60,7 @@ def forward_per_token(
 ) -> float:
     """FLOPs of the forward pass for one token of a row of `seq_tokens`."""
     spec = dataclasses.replace(spec, mtp_layers=0)  # it only trains and drafts
-    idle = num_params(spec) - num_active(spec)
+    idle = num_params(spec) - num_active(spec) + num_vision(spec)
     weights = num_non_embedding(spec) - idle + spec.vocab_size * spec.width
     heads = spec.num_heads * spec.head_width
     mixing = 0.0

@@ -29,8 +29,10 @@ from qwen_jax.models import (
     decoder,
     hf_config,
     hf_parts,
+    hf_vision,
     json_files,
     names,
+    names_vision,
     streaming,
     tensor_files,
     tensor_writer,
@@ -39,9 +41,9 @@ from qwen_jax.models import spec as spec_lib
 
 # Buffers that some checkpoints carry and no model needs.
 IGNORED = ("rotary_emb.inv_freq",)
-# Parts of published models that the text model does without; counted, never silent.
-OTHER_PARTS = ("mtp.", "model.visual.", "visual.")
-OTHER_PARTS += ("audio_tower.", "multi_modal_projector.")
+# Parts of published models that are left out; counted, never silent.
+OTHER_PARTS = ("mtp.", "model.visual.", "audio_tower.", "multi_modal_projector.")
+PARTS = ("all", "text")
 
 
 class _Tensors:
@@ -50,8 +52,7 @@ class _Tensors:
     def __init__(self, folder: pathlib.Path):
         self.entries, self.bare = {}, False
         for entry in tensor_files.entries(folder):
-            # The text part of a vision-language model has a prefix of its own.
-            name = entry.name.replace("model.language_model.", "model.", 1)
+            name = names_vision.known(entry.name)
             name = name.removeprefix("language_model.")  # as in Qwen2-Audio
             if name in self.entries:
                 raise config.InputError(
@@ -83,16 +84,22 @@ class _Tensors:
         return self.entries[name]
 
 
-def read_spec(folder: str | pathlib.Path, **changes: Any) -> spec_lib.Spec:
-    """What the model of a folder is, by its config.json and the names of its tensors.
+def read_spec(
+    folder: str | pathlib.Path, *, parts: str = "all", **changes: Any
+) -> spec_lib.Spec:
+    """What the model of a folder is, by its config.json and the names of its tensors;
+    with parts="text" what its text part is.
 
     Raises:
       config.InputError: see `hf_config.spec_from_config` and `check`.
     """
     folder = pathlib.Path(folder)
     raw = hf_config.read_config(folder)
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    text = raw.get("text_config") if isinstance(raw.get("text_config"), dict) else {}
+    told = [(c, k) for c in (raw, text) for k in ("dtype", "torch_dtype")]
+    dtype = next((c[k] for c, k in told if c.get(k)), "float32")
     changes = {"param_dtype": dtype, "compute_dtype": dtype} | changes
+    raw = hf_vision.text_only(raw) if parts == "text" else raw
     spec = hf_config.spec_from_config(raw, **changes)
     return _as_in_files(spec, _Tensors(folder), changes)
 
@@ -127,16 +134,17 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
     tied = spec.head == "tokens" and spec.tie_embedding
     used = {"lm_head.weight"} if tied else set()
     others = OTHER_PARTS + (() if spec.head == "tokens" else ("lm_head.",))
-    if spec.mtp_layers:
-        others = tuple(part for part in others if part != "mtp.")
+    held = (bool(spec.mtp_layers), "mtp."), (spec.vision is not None, "model.visual.")
+    others = tuple(part for part in others if (True, part) not in held)
     used |= match(spec, tensors, _table(tensors, spec), folder, "its config.json")
     left = [n for n in tensors.names - used if not n.endswith(IGNORED)]
     parts = [n for n in left if n.startswith(others)]
     if parts:
         kinds = [p for p in others if any(n.startswith(p) for n in parts)]
         print(
-            f"note: {folder}: {len(parts)} tensors of other parts than the text model "
-            f"are left out: {', '.join(kinds)}",
+            f"note: {folder}: {len(parts)} tensors of other parts than the "
+            f"{'text ' if spec.vision is None else ''}model are left out: "
+            f"{', '.join(kinds)}",
             file=sys.stderr,
         )
     left = [n for n in left if not n.startswith(others)]
@@ -184,13 +192,19 @@ def _table(tensors: _Tensors, spec: spec_lib.Spec) -> dict[str, names.Tensor]:
     """The name map for the layout of experts that the files have."""
     fused = [name for name in tensors.names if name.endswith("experts.gate_up_proj")]
     mtp = [name for name in fused if name.startswith("mtp.")]
-    return names.table(spec, fused=len(fused) > len(mtp), mtp_fused=bool(mtp))
+    return names.table(
+        spec,
+        fused=len(fused) > len(mtp),
+        turned=bool(fused) and hf_vision.turned(spec, tensors.names, tensors.shape),
+        mtp_fused=bool(mtp),
+    )
 
 
 def load(
     folder: str | pathlib.Path,
     *,
     dtype: str | None = None,
+    parts: str = "all",
     device_mesh: jax.sharding.Mesh | None = None,
     rules: mesh.Rules | None = None,
     **changes: Any,
@@ -200,6 +214,8 @@ def load(
     Args:
       folder: with config.json and safetensors.
       dtype: of parameters and compute; None keeps what config.json says.
+      parts: "all", or "text" for a vision-language model without its vision, which is
+        then a model of the text family it was made from.
       device_mesh: lay the parameters out on it, by `rules`.
       rules: dims -> mesh axes.
       **changes: fields of the Spec to replace.
@@ -207,9 +223,11 @@ def load(
       config.InputError: see the module docstring.
     """
     folder = pathlib.Path(folder)
+    if parts not in PARTS:
+        raise config.InputError(f"parts={parts!r}{config.nearest(parts, PARTS)}")
     if dtype:
         changes = {"param_dtype": dtype, "compute_dtype": dtype} | changes
-    spec = read_spec(folder, **changes)
+    spec = read_spec(folder, parts=parts, **changes)
     tensors = check(folder, spec)
     table = _table(tensors, spec)
     return spec, _fill(spec, tensors, table, device_mesh, rules)
@@ -316,7 +334,7 @@ def save(
     leaves = _leaves(weights)
     planned = [
         tensor_writer.Planned(
-            hf_parts.saved_name(spec, full),
+            hf_parts.saved_name(spec, names_vision.published(spec, full)),
             names.shape(tensor, spec),
             dtype or jnp.dtype(leaves[tensor.parts[0][0]].dtype).name,
         )
@@ -343,7 +361,7 @@ def _order(
     leaves: dict[str, Any], spec: spec_lib.Spec, fused: bool
 ) -> list[tuple[names.Tensor, str, tuple]]:
     """[(tensor, name there, place in ours)] in the order of a folder's files."""
-    table = names.table(spec, fused=fused)
+    table = names.table(spec, fused=fused, turned=fused and names.turns(spec))
     tensors = dict.fromkeys(table[key] for key in leaves)  # some hold several weights
     return [
         (tensor, full, place)
@@ -367,7 +385,7 @@ def named_tensors(
             host = rearrange(host, " -> ".join(reversed(tensor.view.split(" -> "))))
         if dtype:
             host = host.astype(jnp.dtype(dtype))
-        yield full, np.ascontiguousarray(host)
+        yield names_vision.published(spec, full), np.ascontiguousarray(host)
 
 
 def _back(part: np.ndarray, pattern: str, known: dict[str, int]) -> np.ndarray:

@@ -15,7 +15,7 @@ import pathlib
 from typing import Any
 
 from qwen_jax import config
-from qwen_jax.models import config_checks, hf_parts, json_files
+from qwen_jax.models import config_checks, hf_parts, hf_vision, json_files
 from qwen_jax.models import spec as spec_lib
 
 
@@ -45,6 +45,10 @@ FAMILIES = {
         sparse=True,
         shared=True,
     ),
+    "qwen2_vl": Family("", qkv_bias=True, qk_norm=False),
+    "qwen2_5_vl": Family("", qkv_bias=True, qk_norm=False),
+    "qwen3_vl": Family(""),
+    "qwen3_vl_moe": Family("", sparse=True, norm_topk=True, fused=True),
     "qwen3": Family("Qwen3ForCausalLM"),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", sparse=True),
     "qwen3_next": Family("Qwen3NextForCausalLM", new=True, sparse=True, shared=True),
@@ -85,14 +89,14 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
       config.InputError: an architecture or option this decoder does not have.
     """
     config_checks.weights_and_code(raw)
+    file, tie = raw, hf_vision.tied(raw)
     if isinstance(raw.get("text_config"), dict):  # the text part of a larger model
         known = _QWEN2_AUDIO if raw.get("model_type") == "qwen2_audio" else {}
-        whole = ("tie_word_embeddings", "architectures", "pad_token_id")
-        raw = (
-            known
-            | {k: raw.get(k) for k in whole}
-            | {k: v for k, v in raw["text_config"].items() if v is not None}
-        )
+        whole = {k: raw.get(k) for k in ("architectures", "pad_token_id")}
+        text = {k: v for k, v in raw["text_config"].items() if v is not None}
+        raw = known | whole | text
+    if tie is not None:
+        raw = raw | {"tie_word_embeddings": tie}
     raw = {k: v for k, v in raw.items() if v is not None}
     config_checks.check(raw)
     family = raw.get("model_type", "").removesuffix("_text")
@@ -113,7 +117,9 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
     eos = raw.get("eos_token_id")
     window, full_layers = _window(raw) if family != "llama" else (0, 0)
     mixers, delta = _mixers(raw, known)
-    values = {
+    seen = hf_vision.vision_of(file, family, raw["hidden_size"])
+    sections = hf_vision.sections_of(raw, family) if seen else {}
+    values = sections | {
         "family": family,
         "vocab_size": raw["vocab_size"],
         "width": raw["hidden_size"],
@@ -133,6 +139,7 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
         "mixers": mixers,
         "delta": delta,
         "moe": sparse,
+        "vision": seen,
         "dense_layers": dense_layers,
         "output_gate": known.new,
         "rotary_share": _rotary_share(raw) if known.new else 1.0,
@@ -144,7 +151,7 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
         if isinstance(eos, list)
         else (() if eos is None else (eos,)),
     }
-    if family != "qwen2" and raw.get("attention_bias"):
+    if not known.qkv_bias and raw.get("attention_bias"):
         raise config.InputError(
             f"attention_bias=true with {family} puts a bias on the output projection "
             "too, which this decoder does not have"
@@ -249,7 +256,7 @@ def _rope(raw: dict[str, Any]) -> tuple[float, spec_lib.RopeScaling | None]:
     settings = new or old
     settings = {k: v for k, v in settings.items() if v is not None}
     kind = settings.get("rope_type") or settings.get("type") or "default"
-    if kind == "default":
+    if kind in ("default", "mrope"):  # mrope: three positions, of the usual scale
         return theta, None
     if kind not in ("linear", "yarn"):
         raise config.InputError(f"rope type {kind!r}: wanted default, linear or yarn")
@@ -328,7 +335,7 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": spec.vocab_size,
     }
-    if spec.family not in ("qwen2", "qwen2_moe"):
+    if not known.qkv_bias:
         raw["attention_bias"] = False
     if spec.family == "qwen2_moe":
         raw["qkv_bias"] = spec.qkv_bias
@@ -353,7 +360,11 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
                 raw["rope_scaling"]["attention_factor"] = scaling.attention_factor
     if known.new:
         raw |= _new_config(spec, raw["rope_scaling"])
-    return raw | hf_parts.write(spec, known.architecture)
+    parts = hf_parts.write(spec, known.architecture)
+    if spec.vision is None:
+        return raw | parts
+    del parts["architectures"]  # that of the model with its tower
+    return hf_vision.whole(spec, raw | parts)
 
 
 def _new_config(spec: spec_lib.Spec, scaling: dict[str, Any] | None) -> dict[str, Any]:
@@ -415,7 +426,7 @@ def check_spec(spec: spec_lib.Spec) -> None:
         family
         for family, known in FAMILIES.items()
         if known.sparse == (spec.moe is not None)
-        and not _told_otherwise(dataclasses.replace(spec, family=family))
+        and _fits(dataclasses.replace(spec, family=family))
     ]
     fixes = [f"--config.model.family={family}" for family in fitting] or [
         " ".join(f"--config.model.{name}={told}" for name, (_, told) in wrong.items())
@@ -433,8 +444,19 @@ def same_function(one: spec_lib.Spec, other: spec_lib.Spec) -> bool:
     return _function(one) == _function(other)
 
 
+def _fits(spec: spec_lib.Spec) -> bool:
+    try:
+        return not _told_otherwise(spec)
+    except config.InputError:  # not even a model
+        return False
+
+
 def _told_otherwise(spec: spec_lib.Spec) -> dict[str, tuple[Any, Any]]:
     """{field: (here, as read from config_of)} where the function differs."""
+    if spec.vision is None and spec.family in hf_vision.ONLY_WHOLE:
+        return {"vision": (None, "given")}
+    if spec.vision is not None and spec.family not in hf_vision.TEXT:
+        return {"vision": ("given", None)}
     here, there = map(_function, (spec, spec_from_config(config_of(spec))))
     return {k: (here[k], there[k]) for k in here if here[k] != there[k]}
 

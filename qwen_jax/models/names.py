@@ -10,14 +10,16 @@ dims are split and the input comes first. `{i}` in a name is the layer, `{e}` th
 expert; patterns leave out the dims that these stand for. Letters as in `dims`, with the
 sizes of the layer's part: `k` is the head width of attention, in `delta` of its keys;
 `x` are the two halves of an attention head, `r` the dims of each.
-Invariants: a weight has one entry in a table; with experts there are two layouts, each
-expert by itself or all fused, and the one that a folder has is read.
+Invariants: a weight has one entry in a table; with experts there are three layouts,
+each expert by itself or all fused, outputs or inputs first, and the one that a folder
+has is read.
 """
 
 import dataclasses
 import math
 import re
 
+from qwen_jax.models import names_vision
 from qwen_jax.models import spec as spec_lib
 
 _LAYER = "model.layers.{i}."
@@ -113,6 +115,15 @@ _EXPERTS_FUSED = (
     ),
     _one(_MLP + "experts.down_proj", _M + "down_lefd", "e d f -> e f d"),
 )
+# Qwen3-VL is published with its experts' inputs first.
+_EXPERTS_TURNED = (
+    Tensor(
+        _MLP + "experts.gate_up_proj",
+        ((_M + "gate_ledf", "e d f -> e d f"), (_M + "up_ledf", "e d f -> e d f")),
+        dim=2,
+    ),
+    _one(_MLP + "experts.down_proj", _M + "down_lefd", "e f d -> e f d"),
+)
 _D = "layers.delta."
 _DELTA_BASE = (
     Tensor(
@@ -163,22 +174,38 @@ _DELTA_APART = (
 )
 
 
+def turns(spec: spec_lib.Spec) -> bool:
+    """Whether a folder of this model is written with its experts' inputs first.
+
+    Readers of both forms go by the shape of each tensor, so where gates and up
+    projections make a square, the form of transformers 5 must be written.
+    """
+    turned = spec.family == "qwen3_vl_moe"
+    return turned and spec.width != 2 * spec.moe.ffn_width
+
+
 def table(
-    spec: spec_lib.Spec, *, fused: bool, mtp_fused: bool | None = None
+    spec: spec_lib.Spec,
+    *,
+    fused: bool,
+    turned: bool = False,
+    mtp_fused: bool | None = None,
 ) -> dict[str, Tensor]:
     """{path in our tree: the tensor that holds it} for a model of this kind.
 
-    `fused`: all experts of a layer in one tensor; `mtp_fused`: in the layers of the
-    head for further tokens, where that differs.
+    fused: all experts of a layer are one tensor. turned: with their inputs first.
+    mtp_fused: in the layers of the head for further tokens, where that differs.
     """
     query = _GATED_QUERY if spec.output_gate else _PLAIN_QUERY
+    experts = _EXPERTS_FUSED if fused else _EXPERTS_APART
     tensors = (
         *_BASE,
         *query,
-        *(_EXPERTS_FUSED if fused else _EXPERTS_APART),
+        *(_EXPERTS_TURNED if turned else experts),
         *_DELTA_BASE,
         *(_DELTA_GROUPED if spec.family == "qwen3_next" else _DELTA_APART),
         *(_REWARDS if spec.head == "reward" else _SCORES),
+        *(Tensor(*entry) for entry in names_vision.table(spec)),
     )
     if spec.mtp_layers:
         mtp_fused = fused if mtp_fused is None else mtp_fused
@@ -197,6 +224,8 @@ def _in_mtp(tensor: Tensor) -> Tensor:
 
 def sizes(spec: spec_lib.Spec, key: str) -> dict[str, int]:
     """What the letters of the patterns of a weight stand for."""
+    if key.startswith("vision."):
+        return names_vision.sizes(spec, key)
     key = key.removeprefix("mtp.")
     out = {"d": spec.width, "v": spec.vocab_size, "f": spec.ffn_width}
     out |= {"o": spec.width, "y": spec.num_classes}
@@ -279,6 +308,8 @@ def window(
 
 def owners(key: str, spec: spec_lib.Spec) -> tuple[int, ...]:
     """The layers whose tensors a stacked weight is made of, in order."""
+    if key.startswith("vision."):
+        return names_vision.owners(spec, key)
     if key.startswith("mtp."):
         return tuple(range(spec.mtp_layers))
     stack = key.split(".")[1]

@@ -6,7 +6,8 @@ document begins does not matter), those of new tokens the count of real tokens b
 them. With dual chunks (see dual_chunk.py) it matters, so there they are counted inside
 each document, and what is turned is the position modulo a chunk.
 
-Shapes: positions int32 [b, t]; results (cos_btk, sin_btk) as `rope.angles`.
+Shapes: positions int32 [b, t] or, with images, [3, b, t]; results (cos_btk, sin_btk)
+as `rope.angles`.
 Raises: ValueError for positions given to a cache of dual chunks, which counts itself.
 """
 
@@ -61,7 +62,7 @@ def of_cache(
     )
     if chunks is None or not dual_chunk.needed(chunks, cache.slots):
         if positions is None:
-            before = jnp.sum(cache.segments_bs > 0, axis=1, keepdims=True)
+            before = cache_lib.next_positions(cache)[:, None]
             count = jnp.cumsum(segments_bt > 0, axis=1)
             positions = jnp.maximum(jnp.broadcast_to(before, (b, t)) + count - 1, 0)
         return rope.angles(spec, positions), None

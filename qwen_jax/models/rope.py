@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary positions (arXiv 2104.09864), with linear and YaRN (arXiv 2309.00071) scaling.
 
+Tokens of images and videos have three positions, temporal, row and column (M-RoPE,
+arXiv 2409.12191): each rotated pair turns with one of them. Text has three equal ones.
+
 Layout: the two halves of a head rotate against each other (x1 = first half, x2 = second
 half), the layout of the published checkpoints.
 
-Shapes: positions_bt int32 -> cos_btk, sin_btk float32 with k = rotated width / 2;
-`apply` takes x_btnk with the full head width.
+Shapes: positions_bt int32 (or [3, b, t]) -> cos_btk, sin_btk float32 with k = rotated
+width / 2; `apply` takes x_btnk with the full head width.
 Invariants: angles are always computed in float32 or wider, whatever x is.
 YaRN follows section 3 of its paper: `find_dim(rotations) = K ln(L / (2 pi r)) /
 (2 ln theta)` bounds a linear ramp between interpolated and plain frequencies, and cos
 and sin are multiplied by the attention factor.
+Raises: config.InputError for three positions in a model that has no sections for them.
 """
 
 import math
@@ -18,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_jax import config
 from qwen_jax.models import spec as spec_lib
 
 
@@ -48,12 +53,37 @@ def frequencies(spec: spec_lib.Spec) -> tuple[np.ndarray, float]:
     return inverse, factor
 
 
-def angles(spec: spec_lib.Spec, positions_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos_btk, sin_btk of the positions, scaled; float32 (float64 in float64 runs)."""
+def section_of(spec: spec_lib.Spec) -> np.ndarray:
+    """Which of the three positions each rotated pair turns with: [rotary_width / 2]."""
+    _, rows, columns = spec.mrope_sections
+    if not spec.mrope_interleaved:
+        return np.repeat(np.arange(3), spec.mrope_sections)
+    out = np.zeros(spec.rotary_width // 2, np.int64)
+    out[1 : 3 * rows : 3] = 1
+    out[2 : 3 * columns : 3] = 2
+    return out
+
+
+def angles(spec: spec_lib.Spec, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos_btk, sin_btk of positions [b, t] or [3, b, t], scaled; float32 (float64 in
+    float64 runs)."""
     inverse, factor = frequencies(spec)
     wide = jnp.promote_types(spec.compute_dtype, jnp.float32)
-    inverse_k = jnp.asarray(inverse, wide)
-    angle_btk = positions_bt[..., None].astype(wide) * inverse_k[None, None, :]
+    inverse_k = jnp.asarray(inverse, wide)[None, None, :]
+    if positions.ndim == 2:
+        angle_btk = positions[..., None].astype(wide) * inverse_k
+        return jnp.cos(angle_btk) * factor, jnp.sin(angle_btk) * factor
+    if not spec.mrope_sections or positions.shape[0] != 3:
+        raise config.InputError(
+            f"positions of shape {positions.shape} for a {spec.family} model with "
+            f"mrope_sections={spec.mrope_sections}: wanted [rows, tokens], or "
+            "[3, rows, tokens] for a model with three sections"
+        )
+    which_k = section_of(spec)[None, None, :]
+    three = [x[..., None].astype(wide) * inverse_k for x in positions]
+    angle_btk = jnp.where(
+        which_k == 0, three[0], jnp.where(which_k == 1, three[1], three[2])
+    )
     return jnp.cos(angle_btk) * factor, jnp.sin(angle_btk) * factor
 
 

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Qwen is: one frozen record of sizes and switches, and the published sizes.
+"""What a Qwen is: one frozen record of sizes and switches.
 
-Source: config.json of the published checkpoints; sizes of Qwen2 from arXiv 2407.10671
-table 1, Qwen2.5 from arXiv 2412.15115 table 1, Qwen3 from arXiv 2505.09388.
+Source: config.json of the published checkpoints; see `sizes` for theirs.
 `head_width` is the explicit `head_dim` of Qwen3 (128) and width / heads before it.
 
 Units: counts; `rope_theta` is the RoPE base; `norm_eps` is added to a mean square.
 Invariants: num_heads is a multiple of num_kv_heads; window 0 means full attention;
 `windows[i]` is the window of layer i; `kinds[i]` is all that makes layer i differ from
 its neighbours. Vocabulary sizes are the padded table sizes.
-Raises: ValueError from `__post_init__`, config.InputError from `get`.
+Raises: ValueError from `__post_init__`.
 """
 
 import dataclasses
-from typing import Any
+import math
 
 from qwen_jax import config
 
@@ -22,6 +21,8 @@ MIXERS = ("attention", "delta")
 EXPERTS = ("auto", "ragged", "blocks", "capacity", "tokamax")
 EXCHANGES = ("gather", "all_to_all")
 HEADS = ("tokens", "none", "classes", "token_classes", "reward")
+TOWER_NORMS = ("layer", "rms")
+TOWER_MLPS = ("quick_gelu", "gelu_tanh", "swiglu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +136,89 @@ class DualChunk:
 
 
 @dataclasses.dataclass(frozen=True)
+class Vision:
+    """The tower that turns patches of images and videos into embeddings of tokens.
+
+    A patch is `temporal_patch` frames of `patch` x `patch` pixels; `merge` x `merge`
+    patches become one token. norm: "layer" or "rms"; mlp: "quick_gelu", "gelu_tanh" or
+    "swiglu". places: rows of the table of learned positions (a square grid), 0 for
+    none. window: side in pixels of the squares inside which patches attend, 0 for all
+    of a frame; the layers in `full_layers` attend to all anyway. deepstack: layers
+    whose merged outputs are added behind the decoder's first layers, too.
+    frame_blocks: whether each frame of a video is a block of tokens of its own.
+    tokens_per_second: steps of a video's temporal positions; 0 for one step a frame.
+    """
+
+    num_layers: int = 27
+    width: int = 1152
+    num_heads: int = 16
+    ffn_width: int = 4304
+    patch: int = 16
+    temporal_patch: int = 2
+    channels: int = 3
+    merge: int = 2
+    norm: str = "layer"
+    mlp: str = "gelu_tanh"
+    patch_bias: bool = True
+    places: int = 2304
+    window: int = 0
+    full_layers: tuple[int, ...] = ()
+    deepstack: tuple[int, ...] = ()
+    rope_theta: float = 10_000.0
+    frame_blocks: bool = True
+    tokens_per_second: int = 0
+    image_id: int = 151_655
+    video_id: int = 151_656
+    start_id: int = 151_652
+    end_id: int = 151_653
+
+    def __post_init__(self):
+        for name in ("num_layers", "num_heads", "patch", "temporal_patch", "merge"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"vision.{name}={getattr(self, name)}: wanted above 0")
+        if self.width % (4 * self.num_heads):
+            raise ValueError(
+                f"vision.width={self.width} over vision.num_heads={self.num_heads} "
+                "must be a multiple of 4: heads rotate by rows and by columns"
+            )
+        if math.isqrt(self.places) ** 2 != self.places:
+            raise ValueError(f"vision.places={self.places} is not a square number")
+        if self.window and self.window < self.merge * self.patch:
+            raise ValueError(
+                f"vision.window={self.window} holds no token of "
+                f"{self.merge * self.patch} pixels"
+            )
+        for name in ("full_layers", "deepstack"):
+            if any(not 0 <= i < self.num_layers for i in getattr(self, name)):
+                raise ValueError(
+                    f"vision.{name}={getattr(self, name)}: the layers are 0 to "
+                    f"{self.num_layers - 1}"
+                )
+        for name, known in (("norm", TOWER_NORMS), ("mlp", TOWER_MLPS)):
+            if getattr(self, name) not in known:
+                hint = config.nearest(getattr(self, name), known)
+                raise ValueError(f"vision.{name}={getattr(self, name)!r}{hint}")
+
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers in a patch."""
+        return self.channels * self.temporal_patch * self.patch**2
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.width // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a layer is: its mixer, the window of its attention, experts or none."""
+    """What a layer is: its mixer, the window of its attention, experts or none, and
+    whether features of images are added behind it."""
 
     mixer: str = "attention"
     window: int = 0
     sparse: bool = False
+    deep: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +226,9 @@ class Spec:
     """One Qwen. Every field is a fact about the function, none about a run,
     except `attention` and `reduce_dtype`, which pick an implementation of the same one.
 
+    vision: the tower in front, or None. mrope_sections: how many rotated pairs of a
+    head turn with the temporal, the row and the column position of a token; they follow
+    each other, or alternate where mrope_interleaved.
     reduce_dtype: in which devices sum their parts of a gradient: "compute" (the dtype
     of compute, half the traffic with bfloat16) or "float32" (see mesh.gather). The
     matrices of the layers alone: tables and head are summed in float32 always, biases
@@ -187,6 +268,9 @@ class Spec:
     dense_layers: tuple[int, ...] = ()
     output_gate: bool = False
     rotary_share: float = 1.0
+    vision: Vision | None = None
+    mrope_sections: tuple[int, ...] = ()
+    mrope_interleaved: bool = False
     norm_offset: bool = False
     norm_eps: float = 1e-6
     init_std: float = 0.02
@@ -217,6 +301,14 @@ class Spec:
             raise ValueError(
                 f"rotary_share={self.rotary_share} of head_width={self.head_width}: "
                 "wanted an even number of rotated dims, at most all"
+            )
+        if self.mrope_sections and (
+            len(self.mrope_sections) != 3
+            or sum(self.mrope_sections) != self.rotary_width // 2
+        ):
+            raise ValueError(
+                f"mrope_sections={self.mrope_sections}: wanted three numbers that sum "
+                f"to {self.rotary_width // 2}, half of the rotated width"
             )
         if self.attention not in ATTENTION:
             raise ValueError(
@@ -303,158 +395,3 @@ def _check_head(spec: Spec) -> None:
 def stacks(kind: Kind) -> tuple[str, str]:
     """The two stacks of weights that a layer of this kind takes its own from."""
     return kind.mixer, "moe" if kind.sparse else "mlp"
-
-
-def _qwen2(width, heads, kv_heads, ffn, layers, *, tie, vocab=151_936, **kw) -> Spec:
-    """Qwen2 and Qwen2.5: biases on q, k, v; head width = width / heads."""
-    return Spec(
-        family="qwen2",
-        vocab_size=vocab,
-        width=width,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_width=width // heads,
-        ffn_width=ffn,
-        num_layers=layers,
-        qkv_bias=True,
-        qk_norm=False,
-        tie_embedding=tie,
-        max_positions=kw.pop("positions", 131_072),
-        eos_ids=(151_643,),
-        **kw,
-    )
-
-
-def _qwen3(width, heads, kv_heads, ffn, layers, *, tie) -> Spec:
-    """Qwen3 dense: norms on q and k heads of width 128, no biases."""
-    return Spec(
-        width=width,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        ffn_width=ffn,
-        num_layers=layers,
-        tie_embedding=tie,
-        eos_ids=(151_645, 151_643),
-    )
-
-
-def _qwen3_moe(width, heads, kv_heads, ffn, expert, layers, *, theta=1e6) -> Spec:
-    """Qwen3 with 128 experts, of which a token meets 8."""
-    return dataclasses.replace(
-        _qwen3(width, heads, kv_heads, ffn, layers, tie=False),
-        family="qwen3_moe",
-        rope_theta=theta,
-        moe=MoE(num_experts=128, experts_per_token=8, ffn_width=expert),
-    )
-
-
-_HYBRID = {
-    "mixers": ("delta", "delta", "delta", "attention"),
-    "head_width": 256,
-    "output_gate": True,
-    "rotary_share": 0.25,
-    "norm_offset": True,
-    "rope_theta": 1e7,
-    "max_positions": 262_144,
-    "eos_ids": (151_645, 151_643),
-}
-
-
-def _qwen3_5(width, heads, kv_heads, layers, *, values, ffn=0, moe=None, tie=False):
-    """Qwen3.5 (text): three linear layers, then one gated attention; 16 key heads."""
-    return Spec(
-        family="qwen3_5" if moe is None else "qwen3_5_moe",
-        vocab_size=248_320,
-        width=width,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        ffn_width=ffn or 1,
-        tie_embedding=tie,
-        delta=Delta(value_heads=values),
-        moe=moe,
-        **_HYBRID | {"eos_ids": (248_044,)},
-    )
-
-
-NAMED: dict[str, Spec] = {
-    # Qwen2, arXiv 2407.10671 table 1.
-    "qwen2-0.5b": _qwen2(896, 14, 2, 4864, 24, tie=True),
-    "qwen2-1.5b": _qwen2(1536, 12, 2, 8960, 28, tie=True),
-    "qwen2-7b": _qwen2(3584, 28, 4, 18944, 28, tie=False, vocab=152_064),
-    "qwen2-72b": _qwen2(8192, 64, 8, 29568, 80, tie=False, vocab=152_064),
-    # Qwen2.5, arXiv 2412.15115 table 1.
-    "qwen2.5-0.5b": _qwen2(896, 14, 2, 4864, 24, tie=True, positions=32_768),
-    "qwen2.5-1.5b": _qwen2(1536, 12, 2, 8960, 28, tie=True),
-    "qwen2.5-3b": _qwen2(2048, 16, 2, 11008, 36, tie=True, positions=32_768),
-    "qwen2.5-7b": _qwen2(3584, 28, 4, 18944, 28, tie=False, vocab=152_064),
-    "qwen2.5-14b": _qwen2(5120, 40, 8, 13824, 48, tie=False, vocab=152_064),
-    "qwen2.5-32b": _qwen2(5120, 40, 8, 27648, 64, tie=False, vocab=152_064),
-    "qwen2.5-72b": _qwen2(8192, 64, 8, 29568, 80, tie=False, vocab=152_064),
-    # Qwen3 dense, arXiv 2505.09388 table 1.
-    "qwen3-0.6b": _qwen3(1024, 16, 8, 3072, 28, tie=True),
-    "qwen3-1.7b": _qwen3(2048, 16, 8, 6144, 28, tie=True),
-    "qwen3-4b": _qwen3(2560, 32, 8, 9728, 36, tie=True),
-    "qwen3-8b": _qwen3(4096, 32, 8, 12288, 36, tie=False),
-    "qwen3-14b": _qwen3(5120, 40, 8, 17408, 40, tie=False),
-    "qwen3-32b": _qwen3(5120, 64, 8, 25600, 64, tie=False),
-    # Qwen3 with experts, arXiv 2505.09388 table 2.
-    "qwen3-30b-a3b": _qwen3_moe(2048, 32, 4, 6144, 768, 48),
-    "qwen3-235b-a22b": _qwen3_moe(4096, 64, 4, 12288, 1536, 94),
-    "qwen3-coder-480b-a35b": dataclasses.replace(
-        _qwen3_moe(6144, 96, 8, 8192, 2560, 62, theta=1e7),
-        moe=MoE(num_experts=160, experts_per_token=8, ffn_width=2560),
-        max_positions=262_144,
-    ),
-    # Qwen1.5 and Qwen2 with experts, arXiv 2407.10671 table 1.
-    "qwen1.5-moe-a2.7b": dataclasses.replace(
-        _qwen2(2048, 16, 16, 5632, 24, tie=False, positions=8192),
-        family="qwen2_moe",
-        moe=MoE(60, 4, 1408, shared_width=5632, norm_topk=False),
-    ),
-    "qwen2-57b-a14b": dataclasses.replace(
-        _qwen2(3584, 28, 4, 18944, 28, tie=False, vocab=151_936),
-        family="qwen2_moe",
-        moe=MoE(64, 8, 2560, shared_width=20_480, norm_topk=False),
-    ),
-    # Qwen3-Next, config.json of the published checkpoint.
-    "qwen3-next-80b-a3b": Spec(
-        family="qwen3_next",
-        width=2048,
-        num_layers=48,
-        num_heads=16,
-        num_kv_heads=2,
-        ffn_width=5120,
-        tie_embedding=False,
-        delta=Delta(),
-        moe=MoE(512, 10, 512, shared_width=512),
-        **_HYBRID,
-    ),
-    # Qwen3.5 (text), config.json of the published checkpoints.
-    "qwen3.5-0.8b": _qwen3_5(1024, 8, 2, 24, values=16, ffn=3584, tie=True),
-    "qwen3.5-2b": _qwen3_5(2048, 8, 2, 24, values=16, ffn=6144, tie=True),
-    "qwen3.5-4b": _qwen3_5(2560, 16, 4, 32, values=32, ffn=9216, tie=True),
-    "qwen3.5-9b": _qwen3_5(4096, 16, 4, 32, values=32, ffn=12_288),
-    "qwen3.5-27b": _qwen3_5(5120, 24, 4, 64, values=48, ffn=17_408),
-    "qwen3.5-35b-a3b": _qwen3_5(
-        2048, 16, 2, 40, values=32, moe=MoE(256, 8, 512, shared_width=512)
-    ),
-    "qwen3.5-122b-a10b": _qwen3_5(
-        3072, 32, 2, 48, values=64, moe=MoE(256, 8, 1024, shared_width=1024)
-    ),
-    "qwen3.5-397b-a17b": _qwen3_5(
-        4096, 32, 2, 60, values=64, moe=MoE(512, 10, 1024, shared_width=1024)
-    ),
-}
-
-
-def get(name: str, **changes: Any) -> Spec:
-    """A published size by name, with fields replaced.
-
-    Raises:
-      config.InputError: unknown name (with the nearest) or field.
-    """
-    if name not in NAMED:
-        raise config.InputError(f"model {name!r}{config.nearest(name, NAMED)}")
-    values = config.merge(config.thaw(NAMED[name]), changes)
-    return config.freeze(Spec, values, at="model")

@@ -71,12 +71,15 @@ def loss_fn(
       whole: targets and tokens of the global batch.
       before: sums over the step's earlier micro-batches.
     """
+    see = {key: batch[key] for key in ("images", "videos") if key in batch}
+    # With images positions follow from tokens and grids: see models.vl.
     hidden_btd, routed = decoder.hidden(
         spec,
         params,
         batch["tokens_bt"],
-        positions=_positions(batch, spec, config),
+        positions=None if see else _positions(batch, spec, config),
         segments=batch["segments_bt"] if config.document_mask else None,
+        **see,
         rules=rules,
         loop=config.loop,
         remat=config.remat,

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import config
-from qwen_jax.models import attention
-from qwen_jax.models import spec as spec_lib
+from qwen_jax.models import attention, sizes
 from tests.oracles import attention as oracle
 
 T = 128
@@ -102,7 +101,7 @@ def test_new_queries_over_a_cache(window, block):
     ],
 )
 def test_a_backend_that_cannot_is_refused(fields, platform, packed, told):
-    spec = spec_lib.get("qwen3-0.6b", **{"compute_dtype": "bfloat16"} | fields)
+    spec = sizes.get("qwen3-0.6b", **{"compute_dtype": "bfloat16"} | fields)
     with pytest.raises(config.InputError, match=told) as error:
         attention.check_backend(spec, platform, packed=packed)
     assert "--config.model.attention=blockwise" in str(error.value)
@@ -113,7 +112,7 @@ def test_a_backend_that_cannot_is_refused(fields, platform, packed, told):
     [("cudnn", "gpu", False), ("splash", "tpu", True), ("blockwise", "cpu", True)],
 )
 def test_a_backend_that_can_is_not(name, platform, packed):
-    spec = spec_lib.get("qwen3-0.6b", attention=name, compute_dtype="bfloat16")
+    spec = sizes.get("qwen3-0.6b", attention=name, compute_dtype="bfloat16")
     attention.check_backend(spec, platform, packed=packed)
 
 

@@ -35,19 +35,24 @@ def packed(rows, t, seed, empty=True):
     return out
 
 
-@functools.partial(jax.jit, static_argnames=("window", "block"))
-def ours(q, k, v, d_out, segments, *, window, block):
+@functools.partial(jax.jit, static_argnames=("window", "block", "causal"))
+def ours(q, k, v, d_out, segments, *, window, block, causal=True):
     """(result, gradients) of the kernel."""
-    run = functools.partial(blockwise.attention, window=window, block=block)
+    run = functools.partial(
+        blockwise.attention, window=window, block=block, causal=causal
+    )
     out, back = jax.vjp(lambda q, k, v: run(q, k, v, segments), q, k, v)
     return out, back(d_out)
 
 
-def check(q, k, v, d_out, segments, *, window, block):
-    out, grads = ours(q, k, v, d_out, segments, window=window, block=block)
+def check(q, k, v, d_out, segments, *, window, block, causal=True):
+    out, grads = ours(
+        q, k, v, d_out, segments, window=window, block=block, causal=causal
+    )
     known = np.ones(q.shape[:2], np.int32) if segments is None else segments
-    np.testing.assert_allclose(out, oracle.attention(q, k, v, known, window), **CLOSE)
-    wanted = oracle.gradients(q, k, v, known, d_out, window)
+    want = oracle.attention(q, k, v, known, window, causal)
+    np.testing.assert_allclose(out, want, **CLOSE)
+    wanted = oracle.gradients(q, k, v, known, d_out, window, causal)
     for name, got, want in zip("qkv", grads, wanted, strict=True):
         np.testing.assert_allclose(got, want, err_msg=f"d{name}", **CLOSE)
 
@@ -111,6 +116,22 @@ def test_any_segment_layout(segments, window, block):
     check(q, k, v, d_out, segments, window=window, block=block)
 
 
+@settings(max_examples=20, deadline=None)
+@given(layouts(), st.sampled_from([LOOP, OUT]))
+def test_any_segment_layout_without_the_causal_mask(segments, block):
+    """Every token sees all of its segment: what comes after it, too."""
+    q, k, v, d_out = inputs(*SHAPE, seed=9)
+    check(q, k, v, d_out, segments, window=0, block=block, causal=False)
+
+
+@pytest.mark.parametrize("t, block", [(43, LOOP), (32, OUT)])
+def test_whole_rows_without_the_causal_mask(t, block):
+    q, k, v, d_out = inputs(2, t, 2, 2, 4, seed=t)
+    check(q, k, v, d_out, None, window=0, block=block, causal=False)
+    with pytest.raises(ValueError, match="window=3 goes with causal"):
+        blockwise.attention(q, k, v, window=3, causal=False)
+
+
 @settings(max_examples=15, deadline=None)
 @given(layouts(), st.sampled_from([LOOP, OUT]))
 def test_other_segments_cannot_be_felt(segments, block):
@@ -154,6 +175,9 @@ def test_the_plain_twin_is_the_same_function():
         want = oracle.attention(q, k, v, segments, window)
         got = blockwise.reference(q, k, v, segments, window=window)
         np.testing.assert_allclose(got, want, **CLOSE)
+    want = oracle.attention(q, k, v, segments, causal=False)
+    got = blockwise.reference(q, k, v, segments, causal=False)
+    np.testing.assert_allclose(got, want, **CLOSE)
 
 
 def test_shapes_that_do_not_fit_are_named():

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax import config
-from qwen_jax.models import hf_config, json_files
+from qwen_jax.models import hf_config, json_files, sizes
 from qwen_jax.models import spec as spec_lib
 
-DENSE = hf_config.config_of(spec_lib.get("qwen3-0.6b"))
-EXPERTS = hf_config.config_of(spec_lib.get("qwen3-30b-a3b"))
-HYBRID = hf_config.config_of(spec_lib.get("qwen3-next-80b-a3b"))
+DENSE = hf_config.config_of(sizes.get("qwen3-0.6b"))
+EXPERTS = hf_config.config_of(sizes.get("qwen3-30b-a3b"))
+HYBRID = hf_config.config_of(sizes.get("qwen3-next-80b-a3b"))
 SEVERAL = {"dense": DENSE, "experts": EXPERTS, "hybrid": HYBRID}
 # Neither is text of a number a number, nor is true, nor a count 10^9 of anything.
 WRONG = (True, "8", 1.5, -3, 10**9 + 7, 10**40, 1e999, float("nan"), [], {}, [8])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import config, mesh, models
-from qwen_jax.models import heads, hf_config
+from qwen_jax.models import heads, hf_config, sizes
 from qwen_jax.models import spec as spec_lib
 
 torch = pytest.importorskip("torch")
@@ -350,7 +350,7 @@ def test_heads_that_cannot_be(changes, told):
 
 
 def test_a_head_that_nothing_reads_is_not_saved(tmp_path):
-    spec = spec_lib.get("qwen3-0.6b", head="reward", num_classes=1)
+    spec = sizes.get("qwen3-0.6b", head="reward", num_classes=1)
     with pytest.raises(config.InputError, match="head='reward'"):
         hf_config.check_spec(spec)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import config, mesh, models
-from qwen_jax.models import decoder, flops, hf, mtp
+from qwen_jax.models import decoder, flops, hf, mtp, sizes
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.train import step as step_lib
 
@@ -362,7 +362,7 @@ def test_a_weight_of_nothing_trains_nothing():
 
 
 def test_what_it_costs():
-    plain = spec_lib.get("qwen3-next-80b-a3b")
+    plain = sizes.get("qwen3-next-80b-a3b")
     spec = dataclasses.replace(plain, mtp_layers=1)
     layer = flops.num_active(dataclasses.replace(plain, num_layers=48)) - (
         flops.num_active(dataclasses.replace(plain, num_layers=47))

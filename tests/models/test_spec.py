@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from qwen_jax import config, models
-from qwen_jax.models import decoder, flops, hf_config
+from qwen_jax.models import decoder, flops, hf_config, sizes, stretches
 from qwen_jax.models import spec as spec_lib
 
 # Weights of the published checkpoints (the sum over their safetensors files, a tied
@@ -34,7 +34,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_totals(name):
-    spec = spec_lib.get(name)
+    spec = sizes.get(name)
     total, non_embedding = PUBLISHED[name]
     assert flops.num_params(spec) == total
     # Cards round freely: 13.21 is given as 13.1, 31.21 as 31.0, 70.21 as 70.0.
@@ -65,7 +65,7 @@ PUBLISHED_HYBRID_OR_SPARSE = {
 
 @pytest.mark.parametrize("name", PUBLISHED_HYBRID_OR_SPARSE)
 def test_published_totals_of_experts_and_hybrids(name):
-    spec = spec_lib.get(name)
+    spec = sizes.get(name)
     total, active = PUBLISHED_HYBRID_OR_SPARSE[name]
     exact = isinstance(total, int)
     assert flops.num_params(spec) == pytest.approx(total, rel=0 if exact else 0.01)
@@ -74,7 +74,7 @@ def test_published_totals_of_experts_and_hybrids(name):
 
 def test_what_hybrids_keep_of_a_row():
     """Qwen3.5-27B: 16 attention layers of 4 heads of 256, 48 linear ones."""
-    spec = spec_lib.get("qwen3.5-27b")
+    spec = sizes.get("qwen3.5-27b")
     assert flops.kv_bytes_per_token(spec) == 16 * 2 * 4 * 256 * 2
     matrices, taps = 48 * 128 * 128 * 4, 3 * (2 * 16 + 48) * 128 * 2
     assert flops.state_bytes(spec) == 48 * (matrices + taps)
@@ -88,17 +88,17 @@ TOLD += ["qwen3-30b-a3b", "qwen3-next-80b-a3b", "qwen3.5-27b", "qwen3.5-35b-a3b"
 def test_as_many_weights_as_transformers_makes_of_the_configuration(name):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    raw = hf_config.config_of(spec_lib.get(name))
+    raw = hf_config.config_of(sizes.get(name))
     kind = raw["architectures"][0].removesuffix("ForCausalLM")
     text = "Text" if kind.startswith("Qwen3_5") else ""
     settings = getattr(transformers, f"{kind}{text}Config")(**raw)
     with torch.device("meta"):
         model = getattr(transformers, f"{kind}ForCausalLM")(settings)
     theirs = sum(weight.numel() for weight in model.parameters())
-    assert flops.num_params(spec_lib.get(name)) == theirs
+    assert flops.num_params(sizes.get(name)) == theirs
 
 
-@pytest.mark.parametrize("name", spec_lib.NAMED)
+@pytest.mark.parametrize("name", sizes.NAMED)
 def test_a_published_size_is_told_by_its_config(name):
     yarn = spec_lib.RopeScaling("yarn", 4.0, attention_factor=1.1, truncate=False)
     for changes in (
@@ -116,9 +116,13 @@ def test_a_published_size_is_told_by_its_config(name):
         {"full_layers": 3},  # no window
         {"head_width": 8, "norm_eps": 1e-5, "rope_theta": 5e5, "max_positions": 77},
     ):
-        spec = spec_lib.get(name)
-        if not ("window" in changes and "delta" in spec.mixers):
-            hf_config.check_spec(dataclasses.replace(spec, **changes))
+        spec = sizes.get(name)
+        whole = spec.mixers == ("attention",) and not spec.mrope_interleaved
+        if "window" in changes and not whole:
+            continue
+        if spec.mrope_sections:  # they are parts of a head
+            changes = {k: x for k, x in changes.items() if k != "head_width"}
+        hf_config.check_spec(dataclasses.replace(spec, **changes))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +148,8 @@ def test_a_published_size_is_told_by_its_config(name):
             "set --config.model.family=llama, or",
         ),
         ("qwen2-7b", {"family": "qwen3"}, "qkv_bias is", "model.family=qwen2, or"),
+        ("qwen3-8b", {"family": "qwen3_vl"}, "vision is None", "family=qwen3, or"),
+        ("qwen3-vl-8b", {"family": "qwen3"}, "there None", "family=qwen3_vl, or"),
         (
             "qwen2-7b",
             {"family": "qwen22"},
@@ -155,7 +161,7 @@ def test_a_published_size_is_told_by_its_config(name):
 def test_a_model_that_a_config_cannot_tell_is_refused(
     name, changes, told, fix, tmp_path
 ):
-    spec = spec_lib.get(name, **changes)
+    spec = sizes.get(name, **changes)
     with pytest.raises(config.InputError) as caught:
         hf_config.check_spec(spec)
     assert told in str(caught.value) and fix in str(caught.value)
@@ -166,7 +172,7 @@ def test_a_model_that_a_config_cannot_tell_is_refused(
 
 def test_flops_of_a_token_are_those_of_its_products():
     """Every product of the forward pass of one token of Qwen3-8B, written out."""
-    spec, t = spec_lib.get("qwen3-8b"), 4096
+    spec, t = sizes.get("qwen3-8b"), 4096
     layer = 2 * 4096 * 128 * (32 + 8 + 8 + 32) + 3 * 2 * 4096 * 12288
     scores = 2 * 2 * 32 * 128 * t
     head = 2 * 4096 * 151_936
@@ -181,7 +187,7 @@ def test_flops_of_a_token_are_those_of_its_products():
 
 
 def test_keys_that_a_window_leaves():
-    spec = spec_lib.get("qwen3-0.6b", window=4, num_layers=2, full_layers=1)
+    spec = sizes.get("qwen3-0.6b", window=4, num_layers=2, full_layers=1)
     heads = 4 * 16 * 128
     weights = 2 * flops.num_params(spec)
     got = flops.forward_per_token(spec, 10, causal=True)
@@ -191,23 +197,23 @@ def test_keys_that_a_window_leaves():
 
 def test_keys_and_values_of_a_token():
     # 36 layers, 8 heads of 128, two of them, two bytes each: 144 KiB.
-    assert flops.kv_bytes_per_token(spec_lib.get("qwen3-8b")) == 144 * 1024
+    assert flops.kv_bytes_per_token(sizes.get("qwen3-8b")) == 144 * 1024
 
 
 def test_the_window_begins_after_the_full_layers():
-    spec = spec_lib.get("qwen3-0.6b", num_layers=4, window=128, full_layers=3)
+    spec = sizes.get("qwen3-0.6b", num_layers=4, window=128, full_layers=3)
     assert spec.windows == (0, 0, 0, 128)
-    assert [(x.start, x.repeats) for x in decoder._stretches(spec.kinds)] == [
+    assert [(x.start, x.repeats) for x in stretches.stretches(spec.kinds)] == [
         *((0, 3), (3, 1))
     ]
-    (whole,) = decoder._stretches(spec_lib.get("qwen3-8b").kinds)
+    (whole,) = stretches.stretches(sizes.get("qwen3-8b").kinds)
     assert whole.repeats == 36
-    (whole,) = decoder._stretches(spec_lib.get("qwen3-next-80b-a3b").kinds)
+    (whole,) = stretches.stretches(sizes.get("qwen3-next-80b-a3b").kinds)
     assert (whole.repeats, len(whole.kinds)) == (12, 4)
 
 
 def test_one_tree_whatever_the_loop():
-    spec = spec_lib.get("qwen3-0.6b", num_layers=3)
+    spec = sizes.get("qwen3-0.6b", num_layers=3)
     tree = decoder.decoder_params(spec)
     assert tree["layers"]["attention"]["q_ldnk"].shape == (3, 1024, 16, 128)
     assert "head_vd" not in tree
@@ -231,20 +237,20 @@ def test_one_tree_whatever_the_loop():
 )
 def test_sizes_that_make_no_model(change, told):
     with pytest.raises(config.InputError, match=told):
-        spec_lib.get("qwen3-0.6b", **change)
+        sizes.get("qwen3-0.6b", **change)
 
 
 def test_a_part_of_a_group_leaves_the_rest_of_it():
-    spec = spec_lib.get("qwen3-next-80b-a3b", moe={"exchange": "all_to_all"})
-    told = spec_lib.get("qwen3-next-80b-a3b").moe
+    spec = sizes.get("qwen3-next-80b-a3b", moe={"exchange": "all_to_all"})
+    told = sizes.get("qwen3-next-80b-a3b").moe
     assert spec.moe == dataclasses.replace(told, exchange="all_to_all")
     with pytest.raises(config.InputError, match="did you mean 'exchange'"):
-        spec_lib.get("qwen3-30b-a3b", moe={"exchang": "gather"})
+        sizes.get("qwen3-30b-a3b", moe={"exchang": "gather"})
 
 
 def test_an_unknown_size_gets_the_nearest():
     with pytest.raises(config.InputError, match=r"did you mean 'qwen3-8b'"):
-        spec_lib.get("qwen3-8B")
+        sizes.get("qwen3-8B")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +264,6 @@ def test_an_unknown_size_gets_the_nearest():
     ],
 )
 def test_weights_that_a_token_meets(name, billions, active):
-    spec = spec_lib.get(name)
+    spec = sizes.get(name)
     assert flops.num_params(spec) / 1e9 == pytest.approx(billions, abs=0.1)
     assert flops.num_active(spec) / 1e9 == pytest.approx(active, rel=0.03)

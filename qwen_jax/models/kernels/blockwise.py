@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal self-attention in blocks: memory linear in length, forward and backward.
+"""Self-attention in blocks, causal or not: memory linear in length, both passes.
 
 Source: online softmax of FlashAttention (arXiv 2205.14135), in plain XLA. The forward
 pass keeps each query's log-sum-exp; the backward pass computes probabilities again from
@@ -8,15 +8,17 @@ it, so no [t, s] matrix lives outside one block pair.
 A query block meets only the key blocks it can see: those up to the diagonal, inside the
 window, and, in packed rows, from the first block that holds the segment its first query
 is in. That last bound is data, so rows packed with short documents cost what short
-documents cost. Short rows (at most `UNROLL` blocks) are written out, each query block
-against its whole prefix in one product, which is 2-4x faster on a CPU.
+documents cost; without the causal mask the same holds of the last block. Short rows (at
+most `UNROLL` blocks) are written out, each query block against its whole prefix in one
+product, which is 2-4x faster on a CPU.
 
 Shapes: q_btnk, k_bshk, v_bshk with s = t and n a multiple of h; segments_bt int32 (0 is
 padding; equal numbers are contiguous) or None; result out_btnk in q's dtype.
-A token attends where key index <= query index, within `window` tokens when window > 0,
-and inside its own segment. A padding query gets zeros. Softmax is float32.
+A token attends where key index <= query index (unless `causal` is off), within `window`
+tokens when window > 0, and inside its own segment. A padding query gets zeros. Softmax
+is float32.
 `reference` is the plain twin: the same function with the [t, s] matrix in the open.
-Raises: ValueError when shapes do not fit together.
+Raises: ValueError when shapes do not fit together, or a window is not causal.
 """
 
 import functools
@@ -31,14 +33,16 @@ UNROLL = 8
 NEG = -1e30  # finite: a row of only masked scores must not make NaN
 
 
-def reference(q_btnk, k_bshk, v_bshk, segments_bt=None, *, window: int = 0):
+def reference(
+    q_btnk, k_bshk, v_bshk, segments_bt=None, *, window: int = 0, causal: bool = True
+):
     """The plain twin: softmax over a full [t, s] matrix."""
     b, t, n, k = q_btnk.shape
     h = k_bshk.shape[2]
     q_bthgk = q_btnk.reshape(b, t, h, n // h, k).astype(_wide(q_btnk)) * k**-0.5
     scores = jnp.einsum("bthgk,bshk->bhgts", q_bthgk, k_bshk.astype(q_bthgk.dtype))
     query, key = jnp.arange(t)[:, None], jnp.arange(t)[None, :]
-    seen = query >= key
+    seen = query >= key if causal else jnp.ones((t, t), bool)
     if window:
         seen &= query - key < window
     seen = jnp.broadcast_to(seen[None], (b, t, t))
@@ -60,8 +64,9 @@ def attention(
     *,
     window: int = 0,
     block: int | None = None,
+    causal: bool = True,
 ) -> jax.Array:
-    """Causal self-attention of one device's rows and heads.
+    """Self-attention of one device's rows and heads.
 
     Args:
       q_btnk: queries [b, t, n, k].
@@ -70,6 +75,7 @@ def attention(
       segments_bt: int32 [b, t], or None for one segment a row and no padding.
       window: tokens a query sees, itself included; 0 for all before it.
       block: tokens in a block; None chooses by length.
+      causal: whether a query sees only what stands before it.
     Returns:
       [b, t, n, k].
     """
@@ -80,6 +86,8 @@ def attention(
             f"attention shapes do not fit: q {q_btnk.shape}, k {k_bshk.shape}, "
             f"v {v_bshk.shape}"
         )
+    if window and not causal:
+        raise ValueError(f"window={window} goes with causal attention only")
     block = block or _block_for(t)
     padded = -(-t // block) * block
     if segments_bt is None and padded != t:
@@ -92,7 +100,7 @@ def attention(
         k_bhsk = jnp.pad(k_bhsk, [(0, 0)] * 2 + [(0, rest), (0, 0)])
         v_bhsk = jnp.pad(v_bhsk, [(0, 0)] * 2 + [(0, rest), (0, 0)])
         segments_bt = jnp.pad(segments_bt, [(0, 0), (0, rest)])
-    out_bhgtk = _attend(q_bhgtk, k_bhsk, v_bhsk, segments_bt, window, block)
+    out_bhgtk = _attend(q_bhgtk, k_bhsk, v_bhsk, segments_bt, window, block, causal)
     out_btnk = out_bhgtk.transpose(0, 3, 1, 2, 4).reshape(b, padded, n, k)
     return out_btnk[:, :t]
 
@@ -108,24 +116,25 @@ def _wide(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, segments, window, block):
-    return _forward(q, k, v, segments, window, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(q, k, v, segments, window, block, causal):
+    return _forward(q, k, v, segments, window, block, causal)[0]
 
 
-def _attend_fwd(q, k, v, segments, window, block):
-    out, lse = _forward(q, k, v, segments, window, block)
+def _attend_fwd(q, k, v, segments, window, block, causal):
+    out, lse = _forward(q, k, v, segments, window, block, causal)
     # Named inside the rule, so that a remat policy can keep both (decoder.SAVED).
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention_lse")
     return out, (q, k, v, segments, out, lse)
 
 
-def _attend_bwd(window, block, saved, d_out):
+def _attend_bwd(window, block, causal, saved, d_out):
     q, k, v, segments, out, lse = saved
     # delta = rowsum(dO * O) = sum_s P dP, so dS = P (dP - delta).
     delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
     backward = _backward_unrolled if _unrolls(q, block) else _backward_loop
-    dq, dk, dv = backward(q, k, v, segments, lse, delta, d_out, window, block)
+    how = (window, block, causal)
+    dq, dk, dv = backward(q, k, v, segments, lse, delta, d_out, *how)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -136,9 +145,9 @@ def _unrolls(q: jax.Array, block: int) -> bool:
     return q.shape[3] <= block * UNROLL
 
 
-def _forward(q, k, v, segments, window, block):
+def _forward(q, k, v, segments, window, block, causal):
     forward = _forward_unrolled if _unrolls(q, block) else _forward_loop
-    return forward(q, k, v, segments, window, block)
+    return forward(q, k, v, segments, window, block, causal)
 
 
 def _scores(q_bhgqk, k_bhsk):
@@ -173,7 +182,7 @@ def _gather(p_bhgqs, x_bhgqk):
     return jnp.einsum("bhqs,bhqk->bhsk", p, x, preferred_element_type=_wide(x))
 
 
-def _seen(query, key, segments_q, segments_s, window, *, causal=True):
+def _seen(query, key, segments_q, segments_s, window, causal):
     """Mask [b or 1, 1, 1, q, s] (or None for all seen) of index and segment rules."""
     seen = None
     if causal:
@@ -208,58 +217,57 @@ def _top(scores):
 # ---- Short rows: every query block against its whole visible prefix, written out.
 
 
-def _spans(t, block, window):
-    """(query start, first visible key, one past the last key) of each query block."""
+def _spans(t, block, window, causal):
+    """((query start, one past its end), the same of the visible keys) of each block."""
     for start in range(0, t, block):
         low = max(0, start - window + 1) // block * block if window else 0
-        yield start, low, start + block
+        yield (start, start + block), (low, start + block if causal else t)
 
 
 def _part(x, start, stop, dim):
     return jax.lax.slice_in_dim(x, start, stop, axis=dim)
 
 
-def _block_mask(segments, start, stop, low, window):
-    query, key = jnp.arange(start, stop), jnp.arange(low, stop)
+def _block_mask(segments, queries, keys, window, causal):
+    query, key = jnp.arange(*queries), jnp.arange(*keys)
     if segments is None:
-        return _seen(query, key, None, None, window)
-    seg_q, seg_s = segments[:, start:stop], segments[:, low:stop]
-    return _seen(query, key, seg_q, seg_s, window)
+        return _seen(query, key, None, None, window, causal)
+    seg_q, seg_s = segments[:, slice(*queries)], segments[:, slice(*keys)]
+    return _seen(query, key, seg_q, seg_s, window, causal)
 
 
-def _forward_unrolled(q, k, v, segments, window, block):
+def _forward_unrolled(q, k, v, segments, window, block, causal):
     outs, lses = [], []
-    for start, low, stop in _spans(q.shape[3], block, window):
-        seen = _block_mask(segments, start, stop, low, window)
-        scores = _mask(_scores(_part(q, start, stop, 3), _part(k, low, stop, 2)), seen)
+    for queries, keys in _spans(q.shape[3], block, window, causal):
+        seen = _block_mask(segments, queries, keys, window, causal)
+        scores = _mask(_scores(_part(q, *queries, 3), _part(k, *keys, 2)), seen)
         top = _top(scores)
         p = _exp(scores, top)
         total = jnp.sum(p, axis=-1)
         safe = jnp.where(total > 0, total, 1.0)
-        out = _weigh(p, _part(v, low, stop, 2)) / safe[..., None]
+        out = _weigh(p, _part(v, *keys, 2)) / safe[..., None]
         outs.append(out.astype(q.dtype))
         lses.append(top + jnp.log(safe))
     return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
 
 
-def _backward_unrolled(q, k, v, segments, lse, delta, d_out, window, block):
-    t = q.shape[3]
+def _backward_unrolled(q, k, v, segments, lse, delta, d_out, window, block, causal):
     dqs = []
     dk = jnp.zeros(k.shape, lse.dtype)
     dv = jnp.zeros(v.shape, lse.dtype)
-    for start, low, stop in _spans(t, block, window):
-        seen = _block_mask(segments, start, stop, low, window)
+    for queries, keys in _spans(q.shape[3], block, window, causal):
+        seen = _block_mask(segments, queries, keys, window, causal)
         q_i, k_i, v_i = (
-            _part(q, start, stop, 3),
-            _part(k, low, stop, 2),
-            _part(v, low, stop, 2),
+            _part(q, *queries, 3),
+            _part(k, *keys, 2),
+            _part(v, *keys, 2),
         )
-        d_i = _part(d_out, start, stop, 3)
-        p = _exp(_mask(_scores(q_i, k_i), seen), _part(lse, start, stop, 3))
-        ds = p * (_scores(d_i, v_i) - _part(delta, start, stop, 3)[..., None])
+        d_i = _part(d_out, *queries, 3)
+        p = _exp(_mask(_scores(q_i, k_i), seen), _part(lse, *queries, 3))
+        ds = p * (_scores(d_i, v_i) - _part(delta, *queries, 3)[..., None])
         dqs.append(_weigh(ds, k_i))
-        dk = dk.at[:, :, low:stop].add(_gather(ds, q_i))
-        dv = dv.at[:, :, low:stop].add(_gather(p, d_i))
+        dk = dk.at[:, :, slice(*keys)].add(_gather(ds, q_i))
+        dv = dv.at[:, :, slice(*keys)].add(_gather(p, d_i))
     return jnp.concatenate(dqs, axis=3), dk, dv
 
 
@@ -270,33 +278,67 @@ def _at(x, i, block, dim):
     return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=dim)
 
 
+def _began(segments):
+    """Index at which the segment of each token began, in each row."""
+    t = segments.shape[1]
+    new = segments != jnp.pad(segments, [(0, 0), (1, 0)], constant_values=-1)[:, :t]
+    return jax.lax.cummax(jnp.where(new, jnp.arange(t)[None, :], 0), axis=1)
+
+
+def _key_blocks(segments, t, window, block, causal):
+    """For each query block, the key blocks that any row must look at: the first, and
+    one past the last."""
+    index = jnp.arange(t // block)
+    if causal:
+        return _first_key_block(segments, t, window, block), index + 1
+    if segments is None:
+        return jnp.zeros_like(index), jnp.full_like(index, t // block)
+    began = _began(segments)
+    ended = t - 1 - _began(segments[:, ::-1])[:, ::-1]
+    # Padding looks at nothing, so a block of it has no key blocks.
+    began = jnp.where(segments > 0, began, t).reshape(-1, t // block, block)
+    ended = jnp.where(segments > 0, ended, -1).reshape(-1, t // block, block)
+    return (
+        jnp.min(began, axis=(0, 2)) // block,
+        (jnp.max(ended, axis=(0, 2)) + block) // block,
+    )
+
+
+def _query_blocks(low, high, causal):
+    """The query blocks that look at each key block: first, and one past the last."""
+    if not causal:  # who sees is seen
+        return low, high
+    # From j to the last i with low[i] <= j.
+    index = jnp.arange(len(low))
+    looks = low[None, :] <= index[:, None]
+    last = jnp.max(jnp.where(looks, index[None, :], index[:, None]), axis=1)
+    return index, last + 1
+
+
 def _first_key_block(segments, t, window, block):
     """For each query block, the first key block any row must look at."""
     starts = jnp.arange(0, t, block)
     low = jnp.maximum(starts - window + 1, 0) if window else jnp.zeros_like(starts)
     if segments is not None:
-        # Index at which the segment of each token began, in each row.
-        new = segments != jnp.pad(segments, [(0, 0), (1, 0)], constant_values=-1)[:, :t]
-        index = jnp.where(new, jnp.arange(t)[None, :], 0)
-        began = jax.lax.cummax(index, axis=1)[:, ::block]
+        began = _began(segments)[:, ::block]
         # A block of padding looks at nothing before itself.
         began = jnp.where(segments[:, ::block] > 0, began, starts[None, :])
         low = jnp.maximum(low, jnp.min(began, axis=0))
     return low // block
 
 
-def _pair_mask(segments, i, j, window, block):
+def _pair_mask(segments, i, j, window, block, causal):
     within = jnp.arange(block)
     query, key = i * block + within, j * block + within
     if segments is None:
-        return _seen(query, key, None, None, window)
+        return _seen(query, key, None, None, window, causal)
     seg_q, seg_s = _at(segments, i, block, 1), _at(segments, j, block, 1)
-    return _seen(query, key, seg_q, seg_s, window)
+    return _seen(query, key, seg_q, seg_s, window, causal)
 
 
-def _forward_loop(q, k, v, segments, window, block):
+def _forward_loop(q, k, v, segments, window, block, causal):
     b, h, g, t, width = q.shape
-    low = _first_key_block(segments, t, window, block)
+    low, high = _key_blocks(segments, t, window, block, causal)
     wide = _wide(q)
 
     def query_block(_, i):
@@ -304,7 +346,7 @@ def _forward_loop(q, k, v, segments, window, block):
 
         def key_block(j, carry):
             out, top, total = carry
-            seen = _pair_mask(segments, i, j, window, block)
+            seen = _pair_mask(segments, i, j, window, block, causal)
             scores = _mask(_scores(q_i, _at(k, j, block, 2)), seen)
             new_top = jnp.maximum(top, _top(scores))
             shrink = jnp.exp(top - new_top)
@@ -318,7 +360,7 @@ def _forward_loop(q, k, v, segments, window, block):
             mesh.vary(jnp.full(shape, NEG, wide), mesh.varying(q)),
             mesh.vary(jnp.zeros(shape, wide), mesh.varying(q)),
         )
-        out, top, total = jax.lax.fori_loop(low[i], i + 1, key_block, init)
+        out, top, total = jax.lax.fori_loop(low[i], high[i], key_block, init)
         safe = jnp.where(total > 0, total, 1.0)
         return None, ((out / safe[..., None]).astype(q.dtype), top + jnp.log(safe))
 
@@ -327,14 +369,10 @@ def _forward_loop(q, k, v, segments, window, block):
     return out, jnp.moveaxis(lses, 0, 3).reshape(q.shape[:-1])
 
 
-def _backward_loop(q, k, v, segments, lse, delta, d_out, window, block):
+def _backward_loop(q, k, v, segments, lse, delta, d_out, window, block, causal):
     t = q.shape[3]
-    blocks = t // block
-    low = _first_key_block(segments, t, window, block)
-    # Query blocks that look at key block j: from j to the last i with low[i] <= j.
-    index = jnp.arange(blocks)
-    looks = low[None, :] <= index[:, None]
-    last = jnp.max(jnp.where(looks, index[None, :], index[:, None]), axis=1)
+    low, high = _key_blocks(segments, t, window, block, causal)
+    first, last = _query_blocks(low, high, causal)
 
     def key_block(dq, j):
         k_j, v_j = _at(k, j, block, 2), _at(v, j, block, 2)
@@ -342,7 +380,7 @@ def _backward_loop(q, k, v, segments, lse, delta, d_out, window, block):
         def query_block(i, carry):
             dq, dk_j, dv_j = carry
             q_i, d_i = _at(q, i, block, 3), _at(d_out, i, block, 3)
-            seen = _pair_mask(segments, i, j, window, block)
+            seen = _pair_mask(segments, i, j, window, block, causal)
             p = _exp(_mask(_scores(q_i, k_j), seen), _at(lse, i, block, 3))
             ds = p * (_scores(d_i, v_j) - _at(delta, i, block, 3)[..., None])
             dq_i = _at(dq, i, block, 3) + _weigh(ds, k_j)
@@ -351,10 +389,10 @@ def _backward_loop(q, k, v, segments, lse, delta, d_out, window, block):
 
         zero = mesh.vary(jnp.zeros(k_j.shape, lse.dtype), mesh.varying(k))
         carry = (dq, zero, zero)
-        dq, dk_j, dv_j = jax.lax.fori_loop(j, last[j] + 1, query_block, carry)
+        dq, dk_j, dv_j = jax.lax.fori_loop(first[j], last[j], query_block, carry)
         return dq, (dk_j, dv_j)
 
     dq = mesh.vary(jnp.zeros(q.shape, lse.dtype), mesh.varying(q))
-    dq, (dk, dv) = jax.lax.scan(key_block, dq, index)
+    dq, (dk, dv) = jax.lax.scan(key_block, dq, jnp.arange(t // block))
     dk, dv = (jnp.moveaxis(x, 0, 2).reshape(k.shape) for x in (dk, dv))
     return dq, dk, dv
