@@ -100,8 +100,9 @@ def check(raw: dict[str, Any]) -> None:
         _whole(value, 0, 1 << 30, f"dual_chunk_attention_config.{key}")
     _list(raw.get("architectures"), str, 16, "architectures")
     layers = raw.get("num_hidden_layers") or 1
-    _list(raw.get("layer_types"), str, layers, "layer_types")
-    _list(raw.get("mlp_only_layers"), int, layers, "mlp_only_layers")
+    most = COUNTS["num_hidden_layers"][1]
+    _list(raw.get("layer_types"), str, most, "layer_types")
+    _list(raw.get("mlp_only_layers"), int, most, "mlp_only_layers")
     eos = raw.get("eos_token_id")
     if isinstance(eos, list):
         _list(eos, int, 4096, "eos_token_id")
