@@ -89,15 +89,7 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
       config.InputError: an architecture or option this decoder does not have.
     """
     config_checks.weights_and_code(raw)
-    file, tie = raw, hf_vision.tied(raw)
-    if isinstance(raw.get("text_config"), dict):  # the text part of a larger model
-        known = _QWEN2_AUDIO if raw.get("model_type") == "qwen2_audio" else {}
-        whole = {k: raw.get(k) for k in ("architectures", "pad_token_id")}
-        text = {k: v for k, v in raw["text_config"].items() if v is not None}
-        raw = known | whole | text
-    if tie is not None:
-        raw = raw | {"tie_word_embeddings": tie}
-    raw = {k: v for k, v in raw.items() if v is not None}
+    file, raw = raw, _text_part(raw)
     config_checks.check(raw)
     family = raw.get("model_type", "").removesuffix("_text")
     if family not in FAMILIES:
@@ -173,6 +165,19 @@ def _need(raw: dict[str, Any], fields: tuple[str, ...]) -> None:
             f"config.json lacks {', '.join(missing)}: wanted whole numbers; is it the "
             "file of a whole language model?"
         )
+
+
+def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """What the file says of the text model, without what it leaves open."""
+    tie = hf_vision.tied(raw)
+    if isinstance(raw.get("text_config"), dict):  # the text part of a larger model
+        known = _QWEN2_AUDIO if raw.get("model_type") == "qwen2_audio" else {}
+        whole = {k: raw.get(k) for k in ("architectures", "pad_token_id")}
+        text = {k: v for k, v in raw["text_config"].items() if v is not None}
+        raw = known | whole | text
+    if tie is not None:
+        raw = raw | {"tie_word_embeddings": tie}
+    return {k: v for k, v in raw.items() if v is not None}
 
 
 def _sparse(

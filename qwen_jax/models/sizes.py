@@ -12,12 +12,14 @@ import dataclasses
 from typing import Any
 
 from qwen_jax import config
-from qwen_jax.models.spec import Delta, MoE, Spec, Vision
+from qwen_jax.models import spec as spec_lib
 
 
-def _qwen2(width, heads, kv_heads, ffn, layers, *, tie, vocab=151_936, **kw) -> Spec:
+def _qwen2(
+    width, heads, kv_heads, ffn, layers, *, tie, vocab=151_936, **kw
+) -> spec_lib.Spec:
     """Qwen2 and Qwen2.5: biases on q, k, v; head width = width / heads."""
-    return Spec(
+    return spec_lib.Spec(
         family="qwen2",
         vocab_size=vocab,
         width=width,
@@ -35,9 +37,9 @@ def _qwen2(width, heads, kv_heads, ffn, layers, *, tie, vocab=151_936, **kw) -> 
     )
 
 
-def _qwen3(width, heads, kv_heads, ffn, layers, *, tie) -> Spec:
+def _qwen3(width, heads, kv_heads, ffn, layers, *, tie) -> spec_lib.Spec:
     """Qwen3 dense: norms on q and k heads of width 128, no biases."""
-    return Spec(
+    return spec_lib.Spec(
         width=width,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -48,19 +50,23 @@ def _qwen3(width, heads, kv_heads, ffn, layers, *, tie) -> Spec:
     )
 
 
-def _qwen3_moe(width, heads, kv_heads, ffn, expert, layers, *, theta=1e6) -> Spec:
+def _qwen3_moe(
+    width, heads, kv_heads, ffn, expert, layers, *, theta=1e6
+) -> spec_lib.Spec:
     """Qwen3 with 128 experts, of which a token meets 8."""
     return dataclasses.replace(
         _qwen3(width, heads, kv_heads, ffn, layers, tie=False),
         family="qwen3_moe",
         rope_theta=theta,
-        moe=MoE(num_experts=128, experts_per_token=8, ffn_width=expert),
+        moe=spec_lib.MoE(num_experts=128, experts_per_token=8, ffn_width=expert),
     )
 
 
-def _qwen2_vl(width, heads, kv_heads, ffn, layers, *, tie, vocab=152_064) -> Spec:
+def _qwen2_vl(
+    width, heads, kv_heads, ffn, layers, *, tie, vocab=152_064
+) -> spec_lib.Spec:
     """Qwen2-VL: Qwen2 behind a tower of 32 layers, patches of 14 pixels."""
-    tower = Vision(
+    tower = spec_lib.Vision(
         num_layers=32,
         width=1280,
         ffn_width=5120,
@@ -82,7 +88,7 @@ def _qwen2_vl(width, heads, kv_heads, ffn, layers, *, tie, vocab=152_064) -> Spe
     )
 
 
-def _qwen2_5_vl(*sizes, tower_ffn=3420, **kw) -> Spec:
+def _qwen2_5_vl(*sizes, tower_ffn=3420, **kw) -> spec_lib.Spec:
     """Qwen2.5-VL: windows in all layers of the tower but four, RMSNorm, SwiGLU."""
     text = _qwen2_vl(*sizes, **kw)
     tower = dataclasses.replace(
@@ -99,11 +105,13 @@ def _qwen2_5_vl(*sizes, tower_ffn=3420, **kw) -> Spec:
     )
 
 
-def _qwen3_vl(text: Spec, *, small: bool = False) -> Spec:
+def _qwen3_vl(text: spec_lib.Spec, *, small: bool = False) -> spec_lib.Spec:
     """Qwen3-VL: a text model behind a tower with learned positions and DeepStack."""
-    tower = Vision(deepstack=(8, 16, 24))
+    tower = spec_lib.Vision(deepstack=(8, 16, 24))
     if small:
-        tower = Vision(num_layers=24, width=1024, ffn_width=4096, deepstack=(5, 11, 17))
+        tower = spec_lib.Vision(
+            num_layers=24, width=1024, ffn_width=4096, deepstack=(5, 11, 17)
+        )
     return dataclasses.replace(
         text,
         family="qwen3_vl" if text.moe is None else "qwen3_vl_moe",
@@ -130,7 +138,7 @@ _HYBRID = {
 
 def _qwen3_5(width, heads, kv_heads, layers, *, values, ffn=0, moe=None, tie=False):
     """Qwen3.5 (text): three linear layers, then one gated attention; 16 key heads."""
-    return Spec(
+    return spec_lib.Spec(
         family="qwen3_5" if moe is None else "qwen3_5_moe",
         vocab_size=248_320,
         width=width,
@@ -139,13 +147,13 @@ def _qwen3_5(width, heads, kv_heads, layers, *, values, ffn=0, moe=None, tie=Fal
         num_kv_heads=kv_heads,
         ffn_width=ffn or 1,
         tie_embedding=tie,
-        delta=Delta(value_heads=values),
+        delta=spec_lib.Delta(value_heads=values),
         moe=moe,
         **_HYBRID | {"eos_ids": (248_044,)},
     )
 
 
-NAMED: dict[str, Spec] = {
+NAMED: dict[str, spec_lib.Spec] = {
     # Qwen2, arXiv 2407.10671 table 1.
     "qwen2-0.5b": _qwen2(896, 14, 2, 4864, 24, tie=True),
     "qwen2-1.5b": _qwen2(1536, 12, 2, 8960, 28, tie=True),
@@ -171,7 +179,7 @@ NAMED: dict[str, Spec] = {
     "qwen3-235b-a22b": _qwen3_moe(4096, 64, 4, 12288, 1536, 94),
     "qwen3-coder-480b-a35b": dataclasses.replace(
         _qwen3_moe(6144, 96, 8, 8192, 2560, 62, theta=1e7),
-        moe=MoE(num_experts=160, experts_per_token=8, ffn_width=2560),
+        moe=spec_lib.MoE(num_experts=160, experts_per_token=8, ffn_width=2560),
         max_positions=262_144,
     ),
     # Qwen2-VL and Qwen2.5-VL, arXiv 2409.12191 and 2502.13923, and their config.json.
@@ -193,15 +201,15 @@ NAMED: dict[str, Spec] = {
     "qwen1.5-moe-a2.7b": dataclasses.replace(
         _qwen2(2048, 16, 16, 5632, 24, tie=False, positions=8192),
         family="qwen2_moe",
-        moe=MoE(60, 4, 1408, shared_width=5632, norm_topk=False),
+        moe=spec_lib.MoE(60, 4, 1408, shared_width=5632, norm_topk=False),
     ),
     "qwen2-57b-a14b": dataclasses.replace(
         _qwen2(3584, 28, 4, 18944, 28, tie=False, vocab=151_936),
         family="qwen2_moe",
-        moe=MoE(64, 8, 2560, shared_width=20_480, norm_topk=False),
+        moe=spec_lib.MoE(64, 8, 2560, shared_width=20_480, norm_topk=False),
     ),
     # Qwen3-Next, config.json of the published checkpoint.
-    "qwen3-next-80b-a3b": Spec(
+    "qwen3-next-80b-a3b": spec_lib.Spec(
         family="qwen3_next",
         width=2048,
         num_layers=48,
@@ -209,8 +217,8 @@ NAMED: dict[str, Spec] = {
         num_kv_heads=2,
         ffn_width=5120,
         tie_embedding=False,
-        delta=Delta(),
-        moe=MoE(512, 10, 512, shared_width=512),
+        delta=spec_lib.Delta(),
+        moe=spec_lib.MoE(512, 10, 512, shared_width=512),
         **_HYBRID,
     ),
     # Qwen3.5 (text), config.json of the published checkpoints.
@@ -220,18 +228,18 @@ NAMED: dict[str, Spec] = {
     "qwen3.5-9b": _qwen3_5(4096, 16, 4, 32, values=32, ffn=12_288),
     "qwen3.5-27b": _qwen3_5(5120, 24, 4, 64, values=48, ffn=17_408),
     "qwen3.5-35b-a3b": _qwen3_5(
-        2048, 16, 2, 40, values=32, moe=MoE(256, 8, 512, shared_width=512)
+        2048, 16, 2, 40, values=32, moe=spec_lib.MoE(256, 8, 512, shared_width=512)
     ),
     "qwen3.5-122b-a10b": _qwen3_5(
-        3072, 32, 2, 48, values=64, moe=MoE(256, 8, 1024, shared_width=1024)
+        3072, 32, 2, 48, values=64, moe=spec_lib.MoE(256, 8, 1024, shared_width=1024)
     ),
     "qwen3.5-397b-a17b": _qwen3_5(
-        4096, 32, 2, 60, values=64, moe=MoE(512, 10, 1024, shared_width=1024)
+        4096, 32, 2, 60, values=64, moe=spec_lib.MoE(512, 10, 1024, shared_width=1024)
     ),
 }
 
 
-def get(name: str, **changes: Any) -> Spec:
+def get(name: str, **changes: Any) -> spec_lib.Spec:
     """A published size by name, with fields replaced.
 
     Raises:
@@ -240,4 +248,4 @@ def get(name: str, **changes: Any) -> Spec:
     if name not in NAMED:
         raise config.InputError(f"model {name!r}{config.nearest(name, NAMED)}")
     values = config.merge(config.thaw(NAMED[name]), changes)
-    return config.freeze(Spec, values, at="model")
+    return config.freeze(spec_lib.Spec, values, at="model")
