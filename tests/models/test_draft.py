@@ -59,7 +59,13 @@ def weights(name):
     return models.init(SPECS[name], 3)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "qwen3_next" else ())
+        for name in SPECS
+    ],
+)
 def test_greedy_ids_are_those_of_plain_decoding(name):
     spec, params = SPECS[name], weights(name)
     want = decode.generate(spec, params, PROMPTS, max_tokens=24)
@@ -153,7 +159,10 @@ def chances_of_texts(spec, params, prompt, count, temperature, top_p):
     return total
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.8, 0.9)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p"),
+    [(0.8, 0.9), pytest.param(1.0, 1.0, marks=pytest.mark.slow)],
+)
 def test_samples_have_the_distribution_of_the_model(temperature, top_p, monkeypatch):
     """Chi-square of 2,048 texts of three ids against their exact chances."""
     monkeypatch.setattr(decode, "BUCKET", 4)  # so many rows of padding take long
@@ -184,6 +193,7 @@ def test_samples_have_the_distribution_of_the_model(temperature, top_p, monkeypa
     assert stats.chisquare(seen, expected * seen.sum() / expected.sum()).pvalue > 0.01
 
 
+@pytest.mark.slow
 def test_a_trained_head_makes_four_tokens_of_a_pass():
     """Rows that count: a few steps of training teach both heads."""
     spec = dataclasses.replace(SPECS["qwen3_5"], vocab_size=12, init_std=0.1)

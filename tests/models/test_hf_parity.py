@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import config, models
-from qwen_jax.models import decode, decoder, hf
+from qwen_jax.models import decode, hf
 from qwen_jax.train import losses
 
 torch = pytest.importorskip("torch")
@@ -212,8 +212,7 @@ def test_the_same_twenty_tokens(pair):
     """Greedy decoding with a cache, prompts of different lengths in one call."""
     name, reference, spec, params, _, _ = pair
     prompts = [tokens(1, seed=5)[0, :n].tolist() for n in (9, 16)]
-    layers_apart = decoder.unstacked(spec, params)
-    got = decode.generate(spec, layers_apart, prompts, max_tokens=20)
+    got = decode.generate(spec, params, prompts, max_tokens=20)
     for prompt, new in zip(prompts, got, strict=True):
         with torch.no_grad():
             out = reference.generate(

@@ -75,7 +75,15 @@ class Pair:
             return [model(**each).logits[0].numpy() for each in given]
 
 
-@pytest.fixture(scope="module", params=tiny_vl.CASES)
+# The others differ from these by parts that have tests of their own.
+EVERY_DAY = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
+FAMILIES = [
+    pytest.param(name, marks=() if name in EVERY_DAY else pytest.mark.slow)
+    for name in tiny_vl.CASES
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, tmp_path_factory):
     return Pair(request.param, tmp_path_factory.mktemp(request.param))
 
