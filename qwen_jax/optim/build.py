@@ -32,7 +32,8 @@ from qwen_jax.optim import muon, schedules
 
 NAMES = ("adamw", "muon")
 STACKED = "le"  # dims that stack matrices: layers, experts
-HEADS = ("nk", "hk")  # heads and their width: two dims that are one side of a matrix
+# Heads and their width, streams and theirs: two dims that are one side of a matrix.
+HEADS = ("nk", "hk", "nu", "ni", "rd")
 LABELS = ("matrix", "vector", "embedding")
 
 
