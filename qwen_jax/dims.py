@@ -9,6 +9,7 @@ Letters (the same in names and in einsum strings):
     m tokens flattened  v vocabulary         l stacked layers    c chunks
     p image patches     u value width of a linear layer   j taps of a convolution
     y classes of a score head
+    r residual streams  i width of an index of keys
 
 `dim` is of an array, `axis` is of the mesh. A `Param` names its dims with the words
 below; `mesh.Rules` says on which mesh axis a word lies.

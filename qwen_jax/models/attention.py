@@ -5,6 +5,7 @@ Source: GQA (arXiv 2305.13245); biases on q, k, v as in Qwen2, RMSNorm on each q
 head before RoPE as in Qwen3.
 
 From Qwen3-Next on, an output gate: heads * sigmoid(x Wgate), one number for each.
+With `spec.indexed`, rows that are long enough see chosen keys only: see `indexed.py`.
 
 Shapes: x_btd -> y_btd. Weights q_ldnk, k_ldhk, v_ldhk, o_lnkd, biases q_bias_lnk,
 k_bias_lhk, v_bias_lhk, norms q_norm_lk, k_norm_lk, stacked by layer.
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax import config, mesh
-from qwen_jax.models import dual_chunk, norm, rope
+from qwen_jax.models import dual_chunk, indexed, norm, rope
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.models.kernels import blockwise
 from qwen_jax.params import Param, normal, ones, zeros
@@ -57,6 +58,8 @@ def attention_params(spec: spec_lib.Spec, layers: int) -> dict[str, Param]:
         }
     if spec.output_gate:
         tree["gate_ldnk"] = tree["q_ldnk"]
+    if spec.indexed is not None:
+        tree["indexer"] = indexed.indexed_params(spec, layers)
     return tree
 
 
@@ -67,6 +70,11 @@ def check_backend(spec: spec_lib.Spec, platform: str, *, packed: bool) -> None:
       config.InputError: naming the backend, what it lacks, and what to set instead.
     """
     instead = "; set --config.model.attention=blockwise"
+    if spec.indexed is not None and spec.attention != "blockwise":
+        raise config.InputError(
+            f"attention {spec.attention!r} sees all keys, and this model's attention "
+            f"chooses among them{instead}"
+        )
     if spec.attention == "cudnn":
         if platform != "gpu":
             raise config.InputError(
@@ -117,6 +125,18 @@ def attention(
             q_btnk, k_bshk, v_bshk, chunked, segments_bt, spec=spec, rules=rules
         )
         return merge(p, out_btnk, x_btd, spec, rules)
+    if indexed.chooses(spec, x_btd.shape[1]):
+        out_btnk = indexed.attention(
+            p["indexer"],
+            x_btd,
+            (q_btnk, k_bshk, v_bshk),
+            cos_btk,
+            sin_btk,
+            segments_bt,
+            spec=spec,
+            rules=rules,
+        )
+        return merge(p, out_btnk, x_btd, spec, rules)
     kernel = functools.partial(KERNELS[spec.attention], window=window)
     heads = rules.pspec("batch", None, "heads", None)
     kv_heads = rules.pspec("batch", None, "kv_heads", None)
@@ -137,8 +157,7 @@ def cached(
     x_btd: jax.Array,
     cos_btk: jax.Array,
     sin_btk: jax.Array,
-    keys_bshk: jax.Array,
-    values_bshk: jax.Array,
+    held: dict[str, jax.Array],
     segments_bt: jax.Array,
     segments_bs: jax.Array,
     length: jax.Array,
@@ -147,45 +166,64 @@ def cached(
     rules: mesh.Rules,
     window: int,
     chunked: tuple[jax.Array, jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One layer over new tokens and a cache: (y_btd, keys with them in, values).
+    turned: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One layer over new tokens and a cache: (y_btd, what is held with them in).
 
-    `segments_bs` already has the new tokens' segments; `length` is the slot of the
-    first new token. `chunked` has the positions of new tokens and of all
-    slots, where dual chunks make a difference.
+    `held` has k_bshk and v_bshk, and with indexed attention the index's own keys,
+    index_bsi; then `turned` has cos_bsk and sin_bsk of the slots. `segments_bs` already
+    has the new tokens' segments; `length` is the slot of the first new token. `chunked`
+    has the positions of new tokens and of all slots, where dual chunks make a
+    difference.
     """
     q_btnk, k_bthk, v_bthk = project(p, x_btd, cos_btk, sin_btk, spec, rules)
-    heads = rules.pspec("batch", None, "heads", None)
+    new = {"k_bshk": k_bthk, "v_bshk": v_bthk}
+    if spec.indexed is not None:
+        q_btni, new["index_bsi"] = indexed.project(
+            p["indexer"], x_btd, cos_btk, sin_btk, spec, rules
+        )
+    held = _written(held, new, length, rules)
+    slots = held["k_bshk"], held["v_bshk"]
+    if indexed.chooses(spec, slots[0].shape[1]):
+        out_btnk = indexed.local(spec, rules)(
+            *(q_btnk, *slots, q_btni, held["index_bsi"], *turned),
+            *(segments_bt, segments_bs, length, p["indexer"]["k_norm_li"]),
+        )
+        return merge(p, out_btnk, x_btd, spec, rules), held
+    heads = queries = rules.pspec("batch", None, "heads", None)
     kv_heads = rules.pspec("batch", None, "kv_heads", None)
     rows = rules.pspec("batch", None)
-    over, places = functools.partial(over_cache, window=window), ()
+    over = functools.partial(over_cache, window=window)
     if chunked is not None:
-        stride = spec.dual_chunk.stride
-        over, places = functools.partial(dual_chunk.over_cache, stride=stride), chunked
+        over = functools.partial(dual_chunk.over_cache, stride=spec.dual_chunk.stride)
         q_btnk = dual_chunk.turned(spec, q_btnk, chunked[0])
-        all_heads = rules.pspec("batch", None, None, "heads", None)
-
-    def run(q, k, v, keys, values, seg_t, seg_s, length, *places):
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, length, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(values, v, length, axis=1)
-        out = over(q, keys, values, *places, seg_t, seg_s, length)
-        return out, keys, values
-
+        queries = rules.pspec("batch", None, None, "heads", None)
+    places = chunked or ()
     run = mesh.local(
-        run,
+        over,
         inputs=(
-            heads if chunked is None else all_heads,
-            *(kv_heads,) * 4,
+            *(queries, kv_heads, kv_heads, *(rows for _ in places)),
             *(rows, rows, jax.P()),
-            *(rows for _ in places),
         ),
-        out=(heads, kv_heads, kv_heads),
+        out=heads,
     )
-    out_btnk, keys_bshk, values_bshk = run(
-        *(q_btnk, k_bthk, v_bthk, keys_bshk, values_bshk),
-        *(segments_bt, segments_bs, length, *places),
-    )
-    return merge(p, out_btnk, x_btd, spec, rules), keys_bshk, values_bshk
+    out_btnk = run(q_btnk, *slots, *places, segments_bt, segments_bs, length)
+    return merge(p, out_btnk, x_btd, spec, rules), held
+
+
+def _written(held, new, length, rules):
+    """What a cache holds of one layer with that of new tokens in, from a slot on."""
+    heads = rules.pspec("batch", None, "kv_heads", None)
+    lies = dict.fromkeys(new, heads)
+    if "index_bsi" in new:
+        lies["index_bsi"] = rules.pspec("batch", None, None)
+
+    def write(held, new, length):
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+        return {k: put(held[k], x, length) for k, x in new.items()}
+
+    write = mesh.local(write, inputs=(lies, lies, jax.P()), out=lies)
+    return write(held, new, length)
 
 
 def project(p, x_btd, cos_btk, sin_btk, spec, rules):

@@ -16,12 +16,15 @@ Raises: nothing inside jit; a write past the last slot is the caller's to preven
 (`room` tells), since a traced length cannot raise.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from qwen_jax import config, mesh
 from qwen_jax.models import delta as delta_lib
+from qwen_jax.models import ngram as ngram_lib
 from qwen_jax.models import spec as spec_lib
 
 
@@ -29,8 +32,11 @@ from qwen_jax.models import spec as spec_lib
 class Cache:
     """What the layers keep of the tokens seen so far.
 
-    attention: {"k_bshk", "v_bshk"} with the attention layers in front, or None.
+    attention: {"k_bshk", "v_bshk"} with the attention layers in front, or None; with
+      indexed attention also "index_bsi", and then positions_bs of all slots beside it.
     delta: {"s_bnku", "q_bjhk", "k_bjhk", "v_bjnu"}, likewise: see `delta.mix`.
+    ngram: {"x_bjrd"}, likewise, and `recent` ids for the layers of n-grams: see
+      `ngram.py`.
     """
 
     attention: dict[str, jax.Array] | None
@@ -39,6 +45,9 @@ class Cache:
     tail_segments_bj: jax.Array
     length: jax.Array
     offset_b: jax.Array
+    positions_bs: jax.Array | None = None
+    ngram: dict[str, jax.Array] | None = None
+    recent: dict[str, jax.Array] | None = None
 
     @property
     def slots(self) -> int:
@@ -70,6 +79,19 @@ def init(
         layout = rules.pspec("layers", "batch", None, "kv_heads", None)
         zeros = mesh.reshard(jnp.zeros(shape, dtype), layout)
         keys = {"k_bshk": zeros, "v_bshk": zeros}
+    positions = None
+    if attention and spec.indexed is not None:
+        index = jnp.zeros((attention, rows, slots, spec.indexed.width), dtype)
+        keys["index_bsi"] = mesh.reshard(
+            index, rules.pspec("layers", "batch", None, None)
+        )
+        positions = jnp.zeros((rows, slots), jnp.int32)
+        positions = mesh.reshard(positions, rules.pspec("batch", None))
+    grams, recent = None, None
+    if spec.ngram is not None:
+        count = len(spec.ngram.layers)
+        grams = ngram_lib.fresh(spec, rows, dtype, rules, count)
+        recent = ngram_lib.fresh_recent(spec, rows, rules)
     if delta:
         states = delta_lib.fresh(spec, rows, dtype, rules, delta)
         tail = states.pop("segments_bj")[0]  # the same in every layer
@@ -81,6 +103,20 @@ def init(
         tail_segments_bj=mesh.reshard(tail, layout),
         length=jnp.zeros((), jnp.int32),
         offset_b=mesh.reshard(jnp.zeros((rows,), jnp.int32), rules.pspec("batch")),
+        positions_bs=positions,
+        ngram=grams,
+        recent=recent,
+    )
+
+
+def put(
+    held_bs: jax.Array, new_bt: jax.Array, length: jax.Array, rules: mesh.Rules
+) -> jax.Array:
+    """What slots hold, with that of new tokens in from slot `length` on."""
+    rows = rules.pspec("batch", None)
+    run = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+    return mesh.local(run, inputs=(rows, rows, jax.P()), out=rows)(
+        held_bs, new_bt, length
     )
 
 

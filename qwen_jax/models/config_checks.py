@@ -45,6 +45,21 @@ COUNTS = {
     "num_labels": (1, 1 << 20),
     "mtp_num_hidden_layers": (0, 64),
     "num_nextn_predict_layers": (0, 64),
+    "hc_count": (1, 1024),
+    "hc_lowrank": (1, 1 << 20),
+    "indexer_n_heads": (1, 1 << 14),
+    "indexer_kv_heads": (1, 1 << 14),
+    "indexer_head_dim": (1, 1 << 14),
+    "indexer_budget": (1, 1 << 30),
+    "indexer_compress_ratio": (1, 1 << 20),
+    "ngram_size": (1, 8),
+    "heads_per_ngram": (1, 64),
+    "ple_embed_dim": (1, 1 << 20),
+    "ple_conv_kernel_size": (1, 1024),
+    "ngram_vocab_size_base": (1, 1 << 60),
+    "make_ngram_vocab_size_divisible_by": (1, 1 << 24),
+    "split_ngram_parts": (1, 4096),
+    "seed": (0, 1 << 62),
 }
 CHUNKS = ("chunk_size", "local_size", "original_max_position_embeddings")
 NUMBERS = {
@@ -103,6 +118,7 @@ def check(raw: dict[str, Any]) -> None:
     most = COUNTS["num_hidden_layers"][1]
     _list(raw.get("layer_types"), str, most, "layer_types")
     _list(raw.get("mlp_only_layers"), int, most, "mlp_only_layers")
+    _list(raw.get("ple_layer_ids"), int, 64, "ple_layer_ids")
     eos = raw.get("eos_token_id")
     if isinstance(eos, list):
         _list(eos, int, 4096, "eos_token_id")

@@ -348,11 +348,13 @@ def _cut(cache, slots):
     fields = {field.name for field in dataclasses.fields(cache)}
     known = {"attention", "delta", "segments_bs", "tail_segments_bj", "length"}
     known |= {"offset_b"}  # nothing without images, which `stream` does not take
+    more = {"positions_bs", "ngram", "recent"}
     whole = cache.attention is not None and all(
         leaf.ndim == 5 and leaf.shape[2] == cache.slots
         for leaf in jax.tree.leaves(cache.attention)
     )
-    if fields != known or cache.delta is not None or not whole:
+    whole = whole and all(getattr(cache, name) is None for name in (*more, "delta"))
+    if fields != known | more or not whole:
         return None
     left_bs = jnp.where(
         jnp.arange(cache.slots)[None] < slots, cache.segments_bs, jnp.int32(0)

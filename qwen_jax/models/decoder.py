@@ -3,15 +3,16 @@
 
 x = embed(tokens); for each layer: x += mixer(norm(x)); x += feed_forward(norm(x)); then
 a final norm and the head (the embedding again when tied). A mixer is attention or the
-gated delta rule, a feed-forward one SwiGLU or a mixture of experts: `spec.kinds`.
+gated delta rule, a feed-forward one SwiGLU or a mixture of experts: `spec.kinds`. What
+stands around a block, the norm and the sum, is `streams.py`.
 
 Shapes: tokens_bt int32 -> hidden_btd -> logits_btv float32. Parameters are a dict:
 `embed_vd`, `layers`, `norm_d`, and `head_vd` when untied (rows are words, as in the
 embedding: with columns for words the product runs at half the rate on a CPU, each
 stride of a power of two landing in the same cache set).
 `layers` has a stack for each thing that layers are made of: both norms, `attention`,
-`delta`, `mlp`, `moe`; every leaf has those layers in front that have the thing, in
-order, so uniform and hybrid models are stored alike.
+`delta`, `mlp`, `moe`, `ngram`; every leaf has those layers in front that have the
+thing, in order, so uniform and hybrid models are stored alike.
 Invariants: weights are always stored stacked. `loop="scan"` (one compiled layer) or
 "unroll" (all of them; faster on a CPU) is a choice of the run and gives the same
 numbers; `unstacked` gives a list of layers for decoding, where slices would be copied.
@@ -35,13 +36,14 @@ from qwen_jax.models import cache as cache_lib
 from qwen_jax.models import delta as delta_lib
 from qwen_jax.models import mlp as mlp_lib
 from qwen_jax.models import moe as moe_lib
-from qwen_jax.models import norm, places, stretches, vision, vl
+from qwen_jax.models import ngram as ngram_lib
+from qwen_jax.models import places, streams, stretches, vision, vl
 from qwen_jax.models import spec as spec_lib
-from qwen_jax.params import Param, normal, ones, zeros
+from qwen_jax.params import Param, normal, zeros
 
 SAVED = (
     *("q", "k", "v", "attention", "attention_lse", "gate", "z", "b", "a"),
-    *("mlp_gate", "mlp_up", "experts"),
+    *("mlp_gate", "mlp_up", "experts", "mix", "inject"),
 )
 
 
@@ -51,7 +53,7 @@ def decoder_params(spec: spec_lib.Spec) -> dict[str, Any]:
     tree = {
         "embed_vd": Param((v, d), ("vocab", "embed"), init),
         "layers": _layers_params(spec, spec.kinds),
-        "norm_d": _norm_param(spec),
+        **streams.end_params(spec),
     }
     if spec.mtp_layers:
         tree["mtp"] = mtp_params(spec)
@@ -60,11 +62,6 @@ def decoder_params(spec: spec_lib.Spec) -> dict[str, Any]:
     if spec.vision is not None:
         tree["vision"] = vision.vision_params(spec)
     return tree | score_params(spec)
-
-
-def _norm_param(spec: spec_lib.Spec, *layers: int) -> Param:
-    plain = zeros if spec.norm_offset else ones
-    return Param((*layers, spec.width), (*("layers" for _ in layers), None), plain)
 
 
 def _layers_params(
@@ -76,14 +73,14 @@ def _layers_params(
         "delta": delta_lib.delta_params,
         "mlp": mlp_lib.mlp_params,
         "moe": moe_lib.moe_params,
+        "ngram": ngram_lib.ngram_params,
     }
     counts = {
         stack: sum(stack in spec_lib.stacks(kind) for kind in kinds)
         for stack in declare
     }
     return {
-        "attention_norm_ld": _norm_param(spec, len(kinds)),
-        "mlp_norm_ld": _norm_param(spec, len(kinds)),
+        **streams.layer_params(spec, len(kinds)),
         **{k: declare[k](spec, count) for k, count in counts.items() if count},
     }
 
@@ -91,13 +88,14 @@ def _layers_params(
 def mtp_params(spec: spec_lib.Spec) -> dict[str, Any]:
     """Weights of the head that predicts further tokens: see mtp.py."""
     d, init = spec.width, normal(spec.init_std)
+    norm_d = streams.end_params(spec)["norm_d"]
     return {
-        "embedding_norm_d": _norm_param(spec),
-        "hidden_norm_d": _norm_param(spec),
+        "embedding_norm_d": norm_d,
+        "hidden_norm_d": norm_d,
         "embedding_dd": Param((d, d), ("embed", None), init),
         "hidden_dd": Param((d, d), ("embed", None), init),
         "layers": _layers_params(spec, spec.mtp_kinds),
-        "norm_d": _norm_param(spec),
+        "norm_d": norm_d,
     }
 
 
@@ -150,11 +148,13 @@ def saved_names(remat: str) -> tuple[str, ...] | None:
     return names
 
 
-def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, kind, chunked=None):
+def _layer(p, x, cos_btk, sin_btk, segments_bt, *, spec, rules, kind, chunked=None):
     """One block: x + mixer(norm(x)), then + feed_forward(norm(x)); and what the router
     of a sparse layer counted."""
+    if kind.ngram:
+        x, _ = ngram_lib.add(p["ngram"], x, segments_bt, spec=spec, rules=rules)
     with jax.named_scope(kind.mixer):
-        y_btd = _norm(p["attention_norm_ld"], x_btd, spec)
+        y_btd, inject = streams.enter(p[streams.names(spec)[0]], x, spec, rules)
         if kind.mixer == "delta":
             y_btd, _ = delta_lib.mix(
                 p["delta"], y_btd, segments_bt, spec=spec, rules=rules
@@ -171,13 +171,13 @@ def _layer(p, x_btd, cos_btk, sin_btk, segments_bt, *, spec, rules, kind, chunke
                 window=kind.window,
                 chunked=chunked,
             )
-        x_btd = x_btd + y_btd
-    x_btd, stats = _feed_forward(p, x_btd, segments_bt, spec, rules, kind)
-    return _deepened(p, x_btd, kind), stats
+        x = streams.leave(x, y_btd, inject)
+    x, stats = _feed_forward(p, x, segments_bt, spec, rules, kind)
+    return _deepened(p, x, kind), stats
 
 
-def _deepened(p, x_btd, kind):
-    return x_btd + p[stretches.DEEP] if kind.deep else x_btd
+def _deepened(p, x, kind):
+    return x + p[stretches.DEEP] if kind.deep else x
 
 
 def block(
@@ -189,7 +189,8 @@ def block(
     scanned: bool,
     chunked: jax.Array | None = None,
 ) -> Callable:
-    """`layer(p, x_btd, cos_btk, sin_btk, segments_bt) -> (x_btd, router stats)`."""
+    """`layer(p, x_btd, cos_btk, sin_btk, segments_bt) -> (x_btd, router stats)`; x_btrd
+    with several streams."""
     layer = functools.partial(
         _layer, spec=spec, rules=rules, kind=kind, chunked=chunked
     )
@@ -201,17 +202,15 @@ def block(
     return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
 
 
-def _norm(weight_d, x_btd, spec):
-    return norm.rms_norm(x_btd, weight_d, spec.norm_eps, spec.norm_offset)
-
-
-def _feed_forward(p, x_btd, segments_bt, spec, rules, kind):
+def _feed_forward(p, x, segments_bt, spec, rules, kind):
     with jax.named_scope("moe" if kind.sparse else "mlp"):
-        y_btd = _norm(p["mlp_norm_ld"], x_btd, spec)
+        y_btd, inject = streams.enter(p[streams.names(spec)[1]], x, spec, rules)
+        stats = None
         if kind.sparse:
             y_btd, stats = moe_lib.moe(p["moe"], y_btd, segments_bt, spec, rules)
-            return x_btd + y_btd, stats
-        return x_btd + mlp_lib.mlp(p["mlp"], y_btd, spec, rules), None
+        else:
+            y_btd = mlp_lib.mlp(p["mlp"], y_btd, spec, rules)
+        return streams.leave(x, y_btd, inject), stats
 
 
 def hidden(
@@ -232,7 +231,7 @@ def hidden(
     rules = rules or mesh.Rules()
     b, t = tokens_bt.shape
     see = {"images": images, "videos": videos, "rules": rules}
-    x_btd, deep_lbtd = _embed(
+    x, deep_lbtd = _embed(
         spec, params, tokens_bt, segments, saved=saved_names(remat), **see
     )
     if positions is None and (images is not None or videos is not None):
@@ -249,9 +248,10 @@ def hidden(
     if loop == "unroll":
         params = unstacked(spec, params)
     layers, counted = params["layers"], []
+    layers = ngram_lib.attach(spec, layers, tokens_bt, segments, None, rules)
     if isinstance(layers, list):
         for kind, p in zip(kinds, layers, strict=True):
-            x_btd, stats = layer_for(kind)(p, x_btd, cos_btk, sin_btk, segments)
+            x, stats = layer_for(kind)(p, x, cos_btk, sin_btk, segments)
             counted += [] if stats is None else [jax.tree.map(lambda x: x[None], stats)]
     else:
         owners = stretches.owners(spec, deep)
@@ -267,20 +267,20 @@ def hidden(
                 return x, stretches.stacked(counted)
 
             part = stretches.repeats_of(layers, stretch, owners)
-            x_btd, stats = jax.lax.scan(body, x_btd, part)
+            x, stats = jax.lax.scan(body, x, part)
             if stats is not None:
                 counted.append(jax.tree.map(mesh.join_first, stats))
     stats = jax.tree.map(lambda *xs: jnp.concatenate(xs), *counted) if counted else None
-    return _norm(params["norm_d"], x_btd, spec), stats
+    return streams.end(params, x, spec, rules), stats
 
 
 def _embed(spec, params, tokens_bt, segments, *, images, videos, rules, saved):
-    """(embeddings of the tokens, images and videos in their places; what DeepStack adds
-    behind the first layers, or None)."""
+    """(the residual before the first layer, images and videos in their places; what
+    DeepStack adds behind the first layers, or None)."""
     vl.check(spec, tokens_bt, segments, images=images, videos=videos)
     x_btd = mesh.take(params["embed_vd"], tokens_bt, rules).astype(spec.compute_dtype)
     if images is None and videos is None:
-        return x_btd, None
+        return streams.start(x_btd, spec), None
     see = {"images": images, "videos": videos, "rules": rules, "saved": saved}
     return vl.embed(spec, params["vision"], x_btd, tokens_bt, segments, **see)
 
@@ -399,19 +399,19 @@ def hidden_cached(
     if segments is None:
         segments = mesh.reshard(jnp.ones((b, t), jnp.int32), rows)
     see = {"images": images, "videos": videos, "rules": rules}
-    x_btd, deep_lbtd = _embed(spec, params, tokens_bt, segments, saved=None, **see)
+    x, deep_lbtd = _embed(spec, params, tokens_bt, segments, saved=None, **see)
     if positions is None and (images is not None or videos is not None):
         before_b = cache_lib.next_positions(cache)
         positions = vl.placed_positions(
             spec, tokens_bt, segments, images, videos, before_b, rules
         )
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-    put = mesh.local(put, inputs=(rows, rows, jax.P()), out=rows)
-    slots_bs = put(cache.segments_bs, segments, cache.length)
+    slots_bs = cache_lib.put(cache.segments_bs, segments, cache.length, rules)
     angles, chunked = places.of_cache(spec, cache, positions, segments, slots_bs, rules)
+    positions_bs, turned = places.of_slots(spec, cache, positions, segments, rules)
     layer = functools.partial(
         cached_layer,
         angles=angles,
+        turned=turned,
         segments=segments,
         slots_bs=slots_bs,
         cache=cache,
@@ -421,17 +421,19 @@ def hidden_cached(
         keep=keep,
     )
     deep = 0 if deep_lbtd is None else len(deep_lbtd)
-    all_layers = stretches.with_deep(params["layers"], deep_lbtd)
-    new = {k: [] for k in ("attention", "delta") if getattr(cache, k) is not None}
+    every = stretches.with_deep(params["layers"], deep_lbtd)
+    every = ngram_lib.attach(spec, every, tokens_bt, segments, cache.recent, rules)
+    holding = ("attention", "delta", "ngram")
+    new = {k: [] for k in holding if getattr(cache, k) is not None}
     owners = stretches.owners(spec, deep)
     for stretch in stretches.stretches(stretches.kinds(spec, deep)):
         held = {k: getattr(cache, k) for k in new}
         held = stretches.repeats_of(held, stretch, {k: owners[k] for k in new})
-        if isinstance(all_layers, list):
-            layers = all_layers[stretch.start : stretch.stop]
+        if isinstance(every, list):
+            layers = every[stretch.start : stretch.stop]
         else:
-            layers = stretches.repeats_of(all_layers, stretch, owners)
-        x_btd, parts = _cached_stretch(layer, stretch, layers, x_btd, held)
+            layers = stretches.repeats_of(every, stretch, owners)
+        x, parts = _cached_stretch(layer, stretch, layers, x, held)
         for stack, part in parts.items():
             new[stack].append(jax.tree.map(mesh.join_first, part))
     held = {
@@ -442,21 +444,23 @@ def hidden_cached(
     if "delta" in held:
         run = mesh.local(delta_lib.tail_segments, inputs=(rows, rows), out=rows)
         tail_bj = run(tail_bj, segments)
-    offset_b = cache_lib.offsets(cache, positions, segments)
     cache = cache_lib.Cache(
         held.get("attention"),
         held.get("delta"),
         slots_bs,
         tail_bj,
         cache.length + t,
-        offset_b,
+        cache_lib.offsets(cache, positions, segments),
+        positions_bs,
+        held.get("ngram"),
+        ngram_lib.recent_after(cache.recent, tokens_bt, segments, rules),
     )
-    return _norm(params["norm_d"], x_btd, spec), cache
+    return streams.end(params, x, spec, rules), cache
 
 
 def cached_layer(
     p,
-    x_btd,
+    x,
     held,
     kind,
     *,
@@ -467,22 +471,28 @@ def cached_layer(
     spec,
     rules,
     chunked,
+    turned=None,
     keep=False,
 ):
-    """One block over new tokens: (x_btd, what its mixer holds then)."""
-    y_btd = _norm(p["attention_norm_ld"], x_btd, spec)
+    """One block over new tokens: (the residual, what each stack of it holds then)."""
+    new = {}
+    if kind.ngram:
+        state = held["ngram"] | {"segments_bj": cache.recent["segments_bj"]}
+        x, new["ngram"] = ngram_lib.add(
+            p["ngram"], x, segments, state, spec=spec, rules=rules
+        )
+    y_btd, inject = streams.enter(p[streams.names(spec)[0]], x, spec, rules)
     if kind.mixer == "delta":
-        held = held | {"segments_bj": cache.tail_segments_bj}
-        y_btd, held = delta_lib.mix(
-            p["delta"], y_btd, segments, held, spec=spec, rules=rules, keep=keep
+        state = held["delta"] | {"segments_bj": cache.tail_segments_bj}
+        y_btd, new["delta"] = delta_lib.mix(
+            p["delta"], y_btd, segments, state, spec=spec, rules=rules, keep=keep
         )
     else:
-        y_btd, keys, values = attn.cached(
+        y_btd, new["attention"] = attn.cached(
             p["attention"],
             y_btd,
             *angles,
-            held["k_bshk"],
-            held["v_bshk"],
+            held["attention"],
             segments,
             slots_bs,
             cache.length,
@@ -490,35 +500,38 @@ def cached_layer(
             rules=rules,
             window=kind.window,
             chunked=chunked,
+            turned=turned,
         )
-        held = {"k_bshk": keys, "v_bshk": values}
-    x_btd, _ = _feed_forward(p, x_btd + y_btd, segments, spec, rules, kind)
-    return _deepened(p, x_btd, kind), held
+    x = streams.leave(x, y_btd, inject)
+    x, _ = _feed_forward(p, x, segments, spec, rules, kind)
+    return _deepened(p, x, kind), new
 
 
-def _cached_stretch(layer, stretch, layers, x_btd, held):
-    """The layers of a stretch: (x_btd, what they hold, [repeats, layers, ...])."""
+def _cached_stretch(layer, stretch, layers, x, held):
+    """The layers of a stretch: (residual, what they hold, [repeats, layers, ...])."""
 
     def body(x, now):
         layers, held = now
         used, new = dict.fromkeys(held, 0), {k: [] for k in held}
         for kind, p in zip(stretch.kinds, layers, strict=True):
-            i = used[kind.mixer]
-            mine = jax.tree.map(lambda x, i=i: x[i], held[kind.mixer])
+            mine = {}
+            for k in [k for k in spec_lib.stacks(kind) if k in held]:
+                mine[k] = jax.tree.map(lambda x, i=used[k]: x[i], held[k])
+                used[k] += 1
             x, mine = layer(p, x, mine, kind)
-            new[kind.mixer].append(mine)
-            used[kind.mixer] += 1
+            for k, part in mine.items():
+                new[k].append(part)
         return x, {k: stretches.stacked(v) for k, v in new.items()}
 
     if not isinstance(layers, list):
         return jax.lax.scan(
             lambda x, now: body(x, (stretches.layers_in(now[0], stretch), now[1])),
-            x_btd,
+            x,
             (layers, held),
         )
     each, news = len(stretch.kinds), []
     for r in range(stretch.repeats):
         mine = jax.tree.map(lambda x, r=r: x[r], held)
-        x_btd, new = body(x_btd, (layers[r * each : (r + 1) * each], mine))
+        x, new = body(x, (layers[r * each : (r + 1) * each], mine))
         news.append(new)
-    return x_btd, stretches.stacked(news)
+    return x, stretches.stacked(news)

@@ -3,7 +3,9 @@
 
     q, k, v = silu(conv(x Wq | x Wk | x Wv)); q, k normalised to length 1, q / sqrt(k)
     beta = sigmoid(x Wb); g = -exp(a_log) softplus(x Wa + dt_bias)
-    o = delta_rule(q, k, v, g, beta); y = (w norm(o) silu(x Wz)) Wo
+    o = delta_rule(q, k, v, g, beta); y = (w norm(o) gate(x Wz)) Wo
+
+with silu for the gate, or sigmoid in the preview of Qwen4.
 
 The convolution is causal, one filter of a few taps for each channel, and like the state
 it never reaches across a border of documents: packed rows equal separate rows.
@@ -123,7 +125,8 @@ def mix(
     out_btnu = norm.rms_norm(out_btnu, p["norm_lu"], spec.norm_eps)
     z_btnu = project("z_ldnu", "heads", values)
     wide = jnp.promote_types(z_btnu.dtype, jnp.float32)
-    out_btnu = (out_btnu * jax.nn.silu(z_btnu.astype(wide))).astype(x_btd.dtype)
+    gate = jax.nn.silu if spec.delta.gate == "silu" else jax.nn.sigmoid
+    out_btnu = (out_btnu * gate(z_btnu.astype(wide))).astype(x_btd.dtype)
     how = {"dtype": x_btd.dtype, "reduce_dtype": spec.reduce_dtype}
     o_nud = mesh.gather(p["o_lnud"], rules, "heads", None, "embed", **how)
     out = rules.pspec("batch", None, None)

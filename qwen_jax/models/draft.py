@@ -175,8 +175,6 @@ def keep(
       rules: dims -> mesh axes.
     """
     rows, delta, tail_bj = rules.pspec("batch", None), None, before.tail_segments_bj
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-    put = mesh.local(put, inputs=(rows, rows, jax.P()), out=rows)
     if before.delta is not None:
 
         def again(_, now):
@@ -191,7 +189,7 @@ def keep(
     return cache_lib.Cache(
         after.attention,
         delta,
-        put(before.segments_bs, real_bt, before.length),
+        cache_lib.put(before.segments_bs, real_bt, before.length, rules),
         tail_bj,
         before.length + advance,
         before.offset_b,

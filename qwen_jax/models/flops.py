@@ -4,10 +4,11 @@
 Source: every matrix product costs 2 FLOPs a weight and token; attention over a prefix
 of average length s costs 4 * n * k * s a layer and token (scores and weighted values).
 The gated delta rule costs 6 * k * u a value head: its state is read, written and read.
-With experts only the picked ones count. The backward pass costs twice the forward.
-The vision tower is left out: it meets patches, not tokens.
-Norms, RoPE, softmax are left out (below 1 %). The embedding lookup is no product; the
-head is, tied or not.
+With experts only the picked ones count, with indexed attention the chosen keys and the
+scores of the index, 2 * n * i for each block. The backward pass costs twice the
+forward. The vision tower is left out: it meets patches, not tokens. Norms, RoPE,
+softmax are left out (below 1 %). The embedding lookup is no product; the head is, tied
+or not.
 
 Units: FLOPs, bytes; `causal=True` counts only what a causal mask leaves, (t + 1) / 2
 keys on average; False counts t, the convention of published MFU figures.
@@ -16,7 +17,7 @@ keys on average; False counts t, the convention of published MFU figures.
 import dataclasses
 
 from qwen_jax import params
-from qwen_jax.models import decoder, vision
+from qwen_jax.models import decoder, ngram, vision
 from qwen_jax.models import spec as spec_lib
 
 
@@ -37,13 +38,25 @@ def num_non_embedding(spec: spec_lib.Spec) -> int:
 
 
 def num_active(spec: spec_lib.Spec) -> int:
-    """Weights that one token meets: of the experts only those that it picks."""
-    if spec.moe is None:
-        return num_params(spec)
-    moe = spec.moe
-    idle = moe.num_experts - moe.experts_per_token
-    layers = len(spec.layers_with("moe")) + spec.mtp_layers
-    return num_params(spec) - layers * idle * 3 * spec.width * moe.ffn_width
+    """Weights that one token meets: of the experts only those that it picks, of the
+    tables of n-grams only the rows that it looks up."""
+    idle = 0
+    if spec.moe is not None:
+        moe = spec.moe
+        idle = moe.num_experts - moe.experts_per_token
+        layers = len(spec.layers_with("moe")) + spec.mtp_layers
+        idle *= layers * 3 * spec.width * moe.ffn_width
+    if spec.ngram is not None:
+        idle += num_ngram(spec) - len(spec.ngram.layers) * spec.ngram.width
+    return num_params(spec) - idle
+
+
+def num_ngram(spec: spec_lib.Spec) -> int:
+    """Weights of the tables of n-grams."""
+    if spec.ngram is None:
+        return 0
+    tree = decoder.decoder_params(spec)["layers"]["ngram"]
+    return params.count(tree["table_lvk"])
 
 
 def _keys_seen(tokens: int, window: int, causal: bool) -> float:
@@ -62,11 +75,19 @@ def forward_per_token(
     spec = dataclasses.replace(spec, mtp_layers=0)  # it only trains and drafts
     idle = num_params(spec) - num_active(spec) + num_vision(spec)
     weights = num_non_embedding(spec) - idle + spec.vocab_size * spec.width
+    if spec.ngram is not None:  # rows that are looked up are no product
+        weights -= len(spec.ngram.layers) * spec.ngram.width
     heads = spec.num_heads * spec.head_width
     mixing = 0.0
     for kind in spec.kinds:
         if kind.mixer == "attention":
-            mixing += 4 * heads * _keys_seen(seq_tokens, kind.window, causal)
+            seen = _keys_seen(seq_tokens, kind.window, causal)
+            indexed = spec.indexed
+            if indexed is not None and seq_tokens >= indexed.budget + indexed.ratio:
+                mixing += 2 * indexed.heads * indexed.width * seen / indexed.ratio
+                # On average half a block stands after the last complete one.
+                seen = min(seen, indexed.budget + (indexed.ratio - 1) / 2)
+            mixing += 4 * heads * seen
         else:
             delta = spec.delta
             mixing += 6 * delta.value_heads * delta.key_width * delta.value_width
@@ -89,18 +110,23 @@ def train_per_token(
 
 
 def kv_bytes_per_token(spec: spec_lib.Spec, itemsize: int = 2) -> int:
-    """Bytes of keys and values one token keeps in a cache."""
+    """Bytes of keys and values one token keeps in a cache, and of its key in an index
+    where the model has one."""
     layers = len(spec.layers_with("attention"))
-    return 2 * layers * spec.num_kv_heads * spec.head_width * itemsize
+    index = spec.indexed.width if spec.indexed is not None else 0
+    return layers * (2 * spec.num_kv_heads * spec.head_width + index) * itemsize
 
 
 def state_bytes(spec: spec_lib.Spec, itemsize: int = 2) -> int:
     """Bytes that the linear layers keep of a row, however long it is: float32 matrices
-    and the convolution's last inputs."""
-    delta = spec.delta
+    and the convolution's last inputs; and those of convolutions over n-grams."""
+    delta, grams = spec.delta, 0
+    if spec.ngram is not None:
+        width = spec.streams.count * spec.width * itemsize
+        grams = len(spec.ngram.layers) * ngram.reach(spec.ngram) * width
     if delta is None:
-        return 0
+        return grams
     keys, values = delta.key_heads * delta.key_width, delta.value_heads
     matrices = 4 * values * delta.key_width * delta.value_width
     tails = (delta.conv_taps - 1) * (2 * keys + values * delta.value_width) * itemsize
-    return len(spec.layers_with("delta")) * (matrices + tails)
+    return len(spec.layers_with("delta")) * (matrices + tails) + grams

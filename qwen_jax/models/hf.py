@@ -33,6 +33,7 @@ from qwen_jax.models import (
     json_files,
     names,
     names_vision,
+    qwen4,
     streaming,
     tensor_files,
     tensor_writer,
@@ -112,6 +113,8 @@ def _as_in_files(
     if tensors.bare and spec.head == "tokens" and not spec.tie_embedding:
         more["head"] = "none"  # an embedding model, under the name of one with logits
     told, there = spec.mtp_layers, hf_parts.mtp_layers(tensors.names)
+    if spec.streams is not None:
+        there = 0  # a head of another kind, left out with the other parts
     more["mtp_layers"] = there if more.get("head", spec.head) == "tokens" else 0
     if told and not there and "mtp_layers" not in changes:
         print(
@@ -137,6 +140,7 @@ def check(folder: str | pathlib.Path, spec: spec_lib.Spec) -> _Tensors:
     held = (bool(spec.mtp_layers), "mtp."), (spec.vision is not None, "model.visual.")
     others = tuple(part for part in others if (True, part) not in held)
     used |= match(spec, tensors, _table(tensors, spec), folder, "its config.json")
+    used |= _constants(spec, tensors, folder)
     left = [n for n in tensors.names - used if not n.endswith(IGNORED)]
     parts = [n for n in left if n.startswith(others)]
     if parts:
@@ -176,8 +180,9 @@ def match(
     )
     for path, _ in flat:
         key = _key(path)
-        wanted = names.shape(table[key], spec)
-        for full, _ in names.places(table[key], key, spec):
+        whole = names.shape(table[key], spec)
+        for full, place in names.places(table[key], key, spec):
+            wanted = names.part(whole, place)
             found = tensors.shape(full)
             if found != wanted:
                 raise config.InputError(
@@ -188,8 +193,32 @@ def match(
     return used
 
 
+def _constants(
+    spec: spec_lib.Spec, tensors: _Tensors, folder: pathlib.Path
+) -> set[str]:
+    """Names of the tensors that are no weights but follow from config.json.
+
+    Raises:
+      config.InputError: one that is there holds other numbers.
+    """
+    wanted = qwen4.constants(spec)
+    for name, array in wanted.items():
+        entry = tensors.entries.get(name)
+        if entry is None:
+            continue
+        told = None
+        if (entry.dtype, entry.shape) == ("I64", array.shape):
+            told = np.fromfile(entry.path, "<i8", array.size, offset=entry.start)
+        if told is None or not np.array_equal(told.reshape(array.shape), array):
+            raise config.InputError(
+                f"tensor {name!r} of {folder} holds other hashes than its config.json "
+                "makes: the two are of different models"
+            )
+    return set(wanted)
+
+
 def _table(tensors: _Tensors, spec: spec_lib.Spec) -> dict[str, names.Tensor]:
-    """The name map for the layout of experts that the files have."""
+    """The name map for the layout of experts and tables that the files have."""
     fused = [name for name in tensors.names if name.endswith("experts.gate_up_proj")]
     mtp = [name for name in fused if name.startswith("mtp.")]
     return names.table(
@@ -197,6 +226,7 @@ def _table(tensors: _Tensors, spec: spec_lib.Spec) -> dict[str, names.Tensor]:
         fused=len(fused) > len(mtp),
         turned=bool(fused) and hf_vision.turned(spec, tensors.names, tensors.shape),
         mtp_fused=bool(mtp),
+        whole=any(name.endswith("ngram_embedding.weight") for name in tensors.names),
     )
 
 
@@ -262,13 +292,13 @@ def _fill(
 class Lazy:
     """A weight that stays in its files: `weight[place]` reads that one tensor of it."""
 
-    def __init__(self, p: params.Param, dtype: str, jobs: dict[tuple, streaming.Job]):
+    def __init__(self, p: params.Param, dtype: str, jobs: dict[str, streaming.Job]):
         self.shape, self.dtype, self._jobs = p.shape, jnp.dtype(dtype), jobs
 
-    def __getitem__(self, place: tuple[int, ...]) -> jax.Array:
-        shape = self.shape[len(place) :]
+    def __getitem__(self, place: streaming.Place) -> jax.Array:
+        shape = streaming.shape_at(self.shape, place)
         stack = streaming.Stack(shape, self.dtype, None)
-        job = dataclasses.replace(self._jobs[place], stack=stack, place=())
+        job = dataclasses.replace(self._jobs[str(place)], stack=stack, place=())
         streaming.fill([job])
         return stack.array()
 
@@ -286,7 +316,7 @@ def lazily(folder: str | pathlib.Path) -> tuple[spec_lib.Spec, dict[str, Any]]:
     def one(path: Any, p: params.Param) -> Lazy:
         key = _key(path)
         jobs = {
-            at: streaming.Job(tensors.entry(full), table[key], key, spec)
+            str(at): streaming.Job(tensors.entry(full), table[key], key, spec)
             for full, at in names.places(table[key], key, spec)
         }
         return Lazy(p, spec.param_dtype, jobs)
@@ -335,10 +365,14 @@ def save(
     planned = [
         tensor_writer.Planned(
             hf_parts.saved_name(spec, names_vision.published(spec, full)),
-            names.shape(tensor, spec),
+            names.part(names.shape(tensor, spec), place),
             dtype or jnp.dtype(leaves[tensor.parts[0][0]].dtype).name,
         )
-        for tensor, full, _ in _order(leaves, spec, fused)
+        for tensor, full, place in _order(leaves, spec, fused)
+    ]
+    planned += [
+        tensor_writer.Planned(hf_parts.saved_name(spec, name), array.shape, "int64")
+        for name, array in qwen4.constants(spec).items()
     ]
     raw = hf_config.config_of(spec) | {"torch_dtype": dtype or spec.param_dtype}
     try:
@@ -386,6 +420,7 @@ def named_tensors(
         if dtype:
             host = host.astype(jnp.dtype(dtype))
         yield names_vision.published(spec, full), np.ascontiguousarray(host)
+    yield from qwen4.constants(spec).items()
 
 
 def _back(part: np.ndarray, pattern: str, known: dict[str, int]) -> np.ndarray:

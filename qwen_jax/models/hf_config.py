@@ -15,7 +15,7 @@ import pathlib
 from typing import Any
 
 from qwen_jax import config
-from qwen_jax.models import config_checks, hf_parts, hf_vision, json_files
+from qwen_jax.models import config_checks, hf_parts, hf_vision, json_files, qwen4
 from qwen_jax.models import spec as spec_lib
 
 
@@ -60,6 +60,14 @@ FAMILIES = {
         sparse=True,
         shared=True,
         norm_topk=True,
+        fused=True,
+    ),
+    qwen4.FAMILY: Family(
+        "Qwen4ExpForCausalLM",
+        "qwen4_exp_text",
+        new=True,
+        sparse=True,
+        shared=True,
         fused=True,
     ),
 }
@@ -134,7 +142,7 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
         "vision": seen,
         "dense_layers": dense_layers,
         "output_gate": known.new,
-        "rotary_share": _rotary_share(raw) if known.new else 1.0,
+        "rotary_share": _rotary_share(raw, family) if known.new else 1.0,
         "norm_offset": known.new,
         "norm_eps": raw.get("rms_norm_eps", 1e-6),
         "init_std": raw.get("initializer_range", 0.02),
@@ -150,11 +158,9 @@ def spec_from_config(raw: dict[str, Any], **changes: Any) -> spec_lib.Spec:
         )
     if raw.get("mlp_bias"):
         raise config.InputError("mlp_bias=true: this decoder has none in the mlp")
-    if raw.get("output_gate_type", "silu") not in ("silu", "swish"):
-        raise config.InputError(
-            f"output_gate_type {raw['output_gate_type']!r}: wanted 'silu'"
-        )
     values |= hf_parts.read(raw, family)
+    if family == qwen4.FAMILY:
+        values |= qwen4.groups(raw)
     return config.freeze(spec_lib.Spec, values | changes, at="model")
 
 
@@ -198,7 +204,7 @@ def _sparse(
     )
     norm_topk = known.norm_topk
     if norm_topk is None:
-        norm_topk = bool(raw.get("norm_topk_prob", raw["model_type"] == "qwen3_next"))
+        norm_topk = bool(raw.get("norm_topk_prob", known.new))
     moe = {
         "num_experts": raw["num_experts"],
         "experts_per_token": raw["num_experts_per_tok"],
@@ -225,6 +231,10 @@ def _mixers(
         for i in range(layers)
     ]
     known_kinds = {"full_attention": "attention", "linear_attention": "delta"}
+    gates = ("silu",)
+    if known.model_type == "qwen4_exp_text":
+        known_kinds["indexed_attention"] = "attention"
+        gates = ("silu", "sigmoid")
     wrong = [kind for kind in kinds if kind not in known_kinds]
     if wrong or len(kinds) != layers:
         raise config.InputError(
@@ -236,6 +246,12 @@ def _mixers(
         n for n in range(1, layers + 1) if mixers == (mixers[:n] * layers)[:layers]
     )
     mixers = mixers[:period]
+    gate = raw.get("output_gate_type") or "silu"
+    gate = "silu" if gate == "swish" else gate
+    if gate not in gates:
+        raise config.InputError(
+            f"output_gate_type {gate!r}: wanted {' or '.join(map(repr, gates))}"
+        )
     if "delta" not in mixers:
         return mixers, None
     fields = {
@@ -245,12 +261,14 @@ def _mixers(
         "value_width": "linear_value_head_dim",
         "conv_taps": "linear_conv_kernel_dim",
     }
-    return mixers, {ours: raw[key] for ours, key in fields.items() if key in raw}
+    sizes = {ours: raw[key] for ours, key in fields.items() if key in raw}
+    return mixers, sizes | {"gate": gate}
 
 
-def _rotary_share(raw: dict[str, Any]) -> float:
+def _rotary_share(raw: dict[str, Any], family: str) -> float:
     share = (raw.get("rope_parameters") or {}).get("partial_rotary_factor")
-    return float(share or raw.get("partial_rotary_factor") or 0.25)
+    unsaid = 1.0 if family == qwen4.FAMILY else 0.25
+    return float(share or raw.get("partial_rotary_factor") or unsaid)
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, spec_lib.RopeScaling | None]:
@@ -365,6 +383,8 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
                 raw["rope_scaling"]["attention_factor"] = scaling.attention_factor
     if known.new:
         raw |= _new_config(spec, raw["rope_scaling"])
+    if spec.family == qwen4.FAMILY:
+        raw |= qwen4.config_of(spec)
     parts = hf_parts.write(spec, known.architecture)
     if spec.vision is None:
         return raw | parts

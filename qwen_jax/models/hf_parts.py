@@ -38,6 +38,7 @@ WITHOUT = {
     "qwen2": (),
     "qwen3_5": ("token_classes", "reward"),
     "qwen3_5_moe": ("classes", "token_classes", "reward"),
+    "qwen4_exp": ("classes", "token_classes", "reward"),
 }
 
 
@@ -86,7 +87,8 @@ def write(spec: spec_lib.Spec, architecture: str) -> dict[str, Any]:
     if spec.head == "reward":
         ending = next((k for k, n in REWARDS.items() if n == spec.num_classes), "")
     stem = architecture.removesuffix(ENDINGS["tokens"])
-    if spec.family in ("qwen3_5", "qwen3_5_moe") and spec.head != "tokens":
+    whole = ("qwen3_5", "qwen3_5_moe", "qwen4_exp")
+    if spec.family in whole and spec.head != "tokens":
         stem += "Text"  # the bare name is that of the model with vision
     raw = {"architectures": [stem + ending]}
     if spec.pad_id is not None:

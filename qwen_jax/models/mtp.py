@@ -17,7 +17,6 @@ before it there is none (`targets` gives mask 0), so packed rows equal separate 
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -82,15 +81,12 @@ def hidden_cached(
 ) -> tuple[jax.Array, cache_lib.Cache]:
     """m_t of the first layer for new tokens, from the next tokens and hidden states of
     these, and the cache (of `cache.init(alone(spec), ...)`) with them in."""
-    rows = rules.pspec("batch", None)
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-    put = mesh.local(put, inputs=(rows, rows, jax.P()), out=rows)
-    slots_bs = put(cache.segments_bs, segments, cache.length)
+    slots_bs = cache_lib.put(cache.segments_bs, segments, cache.length, rules)
     angles, chunked = places.of_cache(spec, cache, None, segments, slots_bs, rules)
     x_btd, held = decoder.cached_layer(
         jax.tree.map(lambda x: x[0], params["mtp"]["layers"]),
         enter(spec, params, next_bt, hidden_btd, rules),
-        jax.tree.map(lambda x: x[0], cache.attention),
+        {"attention": jax.tree.map(lambda x: x[0], cache.attention)},
         spec.mtp_kinds[0],
         angles=angles,
         segments=segments,
@@ -101,7 +97,7 @@ def hidden_cached(
         chunked=chunked,
     )
     cache = cache.replace(
-        attention=jax.tree.map(lambda x: x[None], held),
+        attention=jax.tree.map(lambda x: x[None], held["attention"]),
         segments_bs=slots_bs,
         length=cache.length + next_bt.shape[1],
     )

@@ -7,9 +7,10 @@ brings out the dim `dim` along which they follow each other.
 
 Formats: a linear layer there is [out, in], heads joined (head-major) in one dim; here
 dims are split and the input comes first. `{i}` in a name is the layer, `{e}` the
-expert; patterns leave out the dims that these stand for. Letters as in `dims`, with the
-sizes of the layer's part: `k` is the head width of attention, in `delta` of its keys;
-`x` are the two halves of an attention head, `r` the dims of each.
+expert, `{s}` a part of the rows; patterns leave out the dims that these stand for.
+Letters as in `dims`, with the sizes of the layer's part: `k` is the head width of
+attention, in `delta` of its keys; `x` are the two halves of an attention head, `r` the
+dims of each.
 Invariants: a weight has one entry in a table; with experts there are three layouts,
 each expert by itself or all fused, outputs or inputs first, and the one that a folder
 has is read.
@@ -19,7 +20,7 @@ import dataclasses
 import math
 import re
 
-from qwen_jax.models import names_vision
+from qwen_jax.models import names_vision, qwen4
 from qwen_jax.models import spec as spec_lib
 
 _LAYER = "model.layers.{i}."
@@ -190,11 +191,13 @@ def table(
     fused: bool,
     turned: bool = False,
     mtp_fused: bool | None = None,
+    whole: bool = False,
 ) -> dict[str, Tensor]:
     """{path in our tree: the tensor that holds it} for a model of this kind.
 
     fused: all experts of a layer are one tensor. turned: with their inputs first.
     mtp_fused: in the layers of the head for further tokens, where that differs.
+    whole: each table of n-grams is one tensor.
     """
     query = _GATED_QUERY if spec.output_gate else _PLAIN_QUERY
     experts = _EXPERTS_FUSED if fused else _EXPERTS_APART
@@ -206,6 +209,7 @@ def table(
         *(_DELTA_GROUPED if spec.family == "qwen3_next" else _DELTA_APART),
         *(_REWARDS if spec.head == "reward" else _SCORES),
         *(Tensor(*entry) for entry in names_vision.table(spec)),
+        *(Tensor(name, parts) for name, parts in qwen4.tensors(whole=whole)),
     )
     if spec.mtp_layers:
         mtp_fused = fused if mtp_fused is None else mtp_fused
@@ -229,6 +233,9 @@ def sizes(spec: spec_lib.Spec, key: str) -> dict[str, int]:
     key = key.removeprefix("mtp.")
     out = {"d": spec.width, "v": spec.vocab_size, "f": spec.ffn_width}
     out |= {"o": spec.width, "y": spec.num_classes}
+    own = qwen4.sizes(spec, key)
+    if own is not None:
+        return out | own
     if key.startswith(_D):
         delta = spec.delta
         return out | {
@@ -260,8 +267,9 @@ def _shape(side: str, known: dict[str, int]) -> list[int]:
 
 
 def axes(pattern: str, known: dict[str, int]) -> dict[str, int]:
-    """The sizes that einops needs to be told for a pattern."""
-    used = {x for group in _dims(pattern.partition(" -> ")[0]) for x in group}
+    """The sizes that einops needs to be told for a pattern; not the rows of a table,
+    of which a tensor may hold a part."""
+    used = {x for group in _dims(pattern.partition(" -> ")[0]) for x in group} - {"v"}
     return {k: v for k, v in known.items() if k in used}
 
 
@@ -273,6 +281,13 @@ def cuts(tensor: Tensor, spec: spec_lib.Spec) -> dict[str, slice]:
         out[key] = slice(start, start + length)
         start += length
     return out
+
+
+def part(whole: tuple[int, ...], place: tuple) -> tuple[int, ...]:
+    """The shape of a tensor that may hold some of the rows, by its place in ours."""
+    if place and isinstance(place[-1], slice):
+        return (place[-1].stop - place[-1].start, *whole[1:])
+    return whole
 
 
 def shape(tensor: Tensor, spec: spec_lib.Spec) -> tuple[int, ...]:
@@ -313,7 +328,7 @@ def owners(key: str, spec: spec_lib.Spec) -> tuple[int, ...]:
     if key.startswith("mtp."):
         return tuple(range(spec.mtp_layers))
     stack = key.split(".")[1]
-    if stack in ("attention", "delta", "mlp", "moe"):
+    if stack in spec_lib.STACKS:
         return spec.layers_with(stack)
     return tuple(range(spec.num_layers))
 
@@ -323,6 +338,13 @@ def places(tensor: Tensor, key: str, spec: spec_lib.Spec) -> list[tuple[str, tup
     if "{i}" not in tensor.name:
         return [(tensor.name, ())]
     layers = list(enumerate(owners(key, spec)))
+    if key == qwen4.TABLE:
+        whole = "{s}" not in tensor.name
+        return [
+            (tensor.name.replace("{i}", str(i)).replace("{s}", str(n)), (row, part))
+            for row, i in layers
+            for n, part in enumerate(qwen4.shards(spec, row, whole=whole))
+        ]
     if "{e}" not in tensor.name:
         return [(tensor.name.replace("{i}", str(i)), (row,)) for row, i in layers]
     return [

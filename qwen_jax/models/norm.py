@@ -3,7 +3,8 @@
 
 LayerNorm (arXiv 1607.06450) likewise, with a bias, for the vision towers that have it.
 
-Shapes: x_...d, weight_d -> same as x. The statistic is a mean of squares over the last
+Shapes: x_...d, weight_d -> same as x; a weight_rd has a row for each of the r streams
+of x_...rd. The statistic is a mean of squares over the last
 dim; `eps` is added to it. The product with the weight is taken after the cast back, the
 order the published Qwen checkpoints were trained with; with `offset`, which the
 families from Qwen3-Next on have, the product with 1 + w is taken before the cast.
@@ -29,7 +30,7 @@ def _rms_norm(x, weight_d, eps, offset):
     wide = jnp.promote_types(dtype, jnp.float32)
     x = x.astype(wide)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    weight = weight_d.reshape((1,) * (x.ndim - 1) + weight_d.shape)
+    weight = weight_d.reshape((1,) * (x.ndim - weight_d.ndim) + weight_d.shape)
     if offset:
         return (x * scale * (1 + weight.astype(wide))).astype(dtype)
     return (x * scale).astype(dtype) * weight.astype(dtype)

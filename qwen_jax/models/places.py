@@ -55,17 +55,9 @@ def of_cache(
     """(cos and sin of new tokens; the positions of new tokens and of all slots where
     dual chunks make a difference, else None). `slots_bs`: segments with the new ones.
     """
-    (b, t), rows, chunks = (
-        segments_bt.shape,
-        rules.pspec("batch", None),
-        spec.dual_chunk,
-    )
+    t, rows, chunks = segments_bt.shape[1], rules.pspec("batch", None), spec.dual_chunk
     if chunks is None or not dual_chunk.needed(chunks, cache.slots):
-        if positions is None:
-            before = cache_lib.next_positions(cache)[:, None]
-            count = jnp.cumsum(segments_bt > 0, axis=1)
-            positions = jnp.maximum(jnp.broadcast_to(before, (b, t)) + count - 1, 0)
-        return rope.angles(spec, positions), None
+        return rope.angles(spec, _after(cache, positions, segments_bt)), None
     if positions is not None:
         raise ValueError(
             "a cache of dual chunks counts positions inside each document: leave "
@@ -79,3 +71,28 @@ def of_cache(
     run = mesh.local(run, inputs=(rows, jax.P()), out=(rows, rows))
     at_bs, at_bt = run(slots_bs, cache.length)
     return rope.angles(spec, at_bt % chunks.stride), (at_bt, at_bs)
+
+
+def of_slots(
+    spec: spec_lib.Spec,
+    cache: cache_lib.Cache,
+    positions: jax.Array | None,
+    segments_bt: jax.Array,
+    rules: mesh.Rules,
+) -> tuple[jax.Array | None, Angles | None]:
+    """(positions of the slots of a cache with the new ones in, cos and sin of all);
+    None where it holds none."""
+    if cache.positions_bs is None:
+        return None, None
+    new_bt = _after(cache, positions, segments_bt).astype(cache.positions_bs.dtype)
+    at_bs = cache_lib.put(cache.positions_bs, new_bt, cache.length, rules)
+    return at_bs, rope.angles(spec, at_bs)
+
+
+def _after(cache, positions, segments_bt):
+    """The caller's positions of new tokens, or those that follow a cache's own."""
+    if positions is not None:
+        return positions
+    before = cache_lib.next_positions(cache)[:, None]
+    count = jnp.cumsum(segments_bt > 0, axis=1)
+    return jnp.maximum(jnp.broadcast_to(before, segments_bt.shape) + count - 1, 0)

@@ -236,6 +236,24 @@ NAMED: dict[str, spec_lib.Spec] = {
     "qwen3.5-397b-a17b": _qwen3_5(
         4096, 32, 2, 60, values=64, moe=spec_lib.MoE(512, 10, 1024, shared_width=1024)
     ),
+    # Qwen3.8-Flash-Next, the preview of Qwen4: sizes of its published config.json as
+    # public ports of it state them.
+    "qwen4-exp-flash": spec_lib.Spec(
+        family="qwen4_exp",
+        vocab_size=248_320,
+        width=2560,
+        num_layers=48,
+        num_heads=24,
+        num_kv_heads=2,
+        ffn_width=1,
+        tie_embedding=False,
+        delta=spec_lib.Delta(16, 48, gate="sigmoid"),
+        moe=spec_lib.MoE(512, 10, 640, shared_width=640),
+        streams=spec_lib.Streams(),
+        indexed=spec_lib.Indexed(),
+        ngram=spec_lib.Ngram(layers=(1,), eos_id=248_044),
+        **_HYBRID | {"eos_ids": (248_044,)},
+    ),
 }
 
 

@@ -18,6 +18,7 @@ from qwen_jax import config
 
 ATTENTION = ("blockwise", "cudnn", "splash")
 MIXERS = ("attention", "delta")
+STACKS = (*MIXERS, "mlp", "moe", "ngram")
 EXPERTS = ("auto", "ragged", "blocks", "capacity", "tokamax")
 EXCHANGES = ("gather", "all_to_all")
 HEADS = ("tokens", "none", "classes", "token_classes", "reward")
@@ -93,15 +94,19 @@ class MoE:
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """Gated delta rule: heads and widths of keys and values, taps of the filter."""
+    """Gated delta rule: heads and widths of keys and values, taps of the filter, and
+    what the output gate is put through."""
 
     key_heads: int = 16
     value_heads: int = 32
     key_width: int = 128
     value_width: int = 128
     conv_taps: int = 4
+    gate: str = "silu"
 
     def __post_init__(self):
+        if self.gate not in ("silu", "sigmoid"):
+            raise ValueError(f"delta.gate={self.gate!r}: wanted silu or sigmoid")
         if self.value_heads % self.key_heads:
             raise ValueError(
                 f"delta.value_heads={self.value_heads} must be a multiple of "
@@ -211,14 +216,106 @@ class Vision:
 
 
 @dataclasses.dataclass(frozen=True)
+class Streams:
+    """Several residual streams, mixed into each block and injected with its output
+    through gates of a low rank: see `streams.py`. They stand for the norms, too."""
+
+    count: int = 4
+    rank: int = 320
+
+    def __post_init__(self):
+        if self.count < 2 or self.rank < 1:
+            raise ValueError(
+                f"streams.count={self.count} must be at least 2 and "
+                f"streams.rank={self.rank} at least 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Indexed:
+    """Attention over chosen blocks of keys: see `indexed.py`.
+
+    heads, width: of the index. ratio: keys in a block. budget: keys in the blocks that
+    a query may choose; the block it stands in comes on top.
+    """
+
+    heads: int = 4
+    width: int = 128
+    budget: int = 2048
+    ratio: int = 4
+
+    def __post_init__(self):
+        for name in ("heads", "width", "budget", "ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"indexed.{name}={getattr(self, name)} must be at least 1"
+                )
+        if self.budget % self.ratio:
+            raise ValueError(
+                f"indexed.budget={self.budget} must be a multiple of "
+                f"indexed.ratio={self.ratio}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ngram:
+    """Embeddings of the last few tokens, added in some layers: see `ngram.py`.
+
+    layers: which, the first is 0. size: tokens of the longest n-gram; there are `heads`
+    hashes for each length from 2 on, each into a table of its own with a prime number
+    of rows, `base` or more; together their rows are a multiple of `multiple`. width: of
+    the looked-up rows of all hashes, joined. taps: of the convolution. seed: of the
+    multipliers. eos_id: no n-gram reaches across it. shards: files' tensors of a table.
+    """
+
+    layers: tuple[int, ...] = ()
+    size: int = 3
+    heads: int = 8
+    width: int = 2560
+    taps: int = 4
+    base: int = 20_000_000
+    multiple: int = 128
+    seed: int = 1234
+    eos_id: int = 0
+    shards: int = 128
+
+    def __post_init__(self):
+        for name in ("heads", "width", "taps", "multiple", "shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"ngram.{name}={getattr(self, name)} must be at least 1"
+                )
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(
+                f"ngram.layers={self.layers}: wanted some, each once, in order"
+            )
+        if self.size < 2 or not 2 <= self.base < 2**27:
+            raise ValueError(
+                f"ngram.size={self.size} must be at least 2 and "
+                f"ngram.base={self.base} from 2 to 2^27"
+            )
+        if self.width % self.tables:
+            raise ValueError(
+                f"ngram.width={self.width} must be a multiple of the "
+                f"{self.tables} hashes (size - 1) * heads"
+            )
+
+    @property
+    def tables(self) -> int:
+        """Hashes of a token, and tables of a layer."""
+        return (self.size - 1) * self.heads
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a layer is: its mixer, the window of its attention, experts or none, and
-    whether features of images are added behind it."""
+    """What a layer is: its mixer, the window of its attention, experts or none, n-gram
+    embeddings or none, and whether features of images are added behind it."""
 
     mixer: str = "attention"
     window: int = 0
     sparse: bool = False
     deep: bool = False
+    ngram: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +363,9 @@ class Spec:
     delta: Delta | None = None
     moe: MoE | None = None
     dense_layers: tuple[int, ...] = ()
+    streams: Streams | None = None
+    indexed: Indexed | None = None
+    ngram: Ngram | None = None
     output_gate: bool = False
     rotary_share: float = 1.0
     vision: Vision | None = None
@@ -310,6 +410,7 @@ class Spec:
                 f"mrope_sections={self.mrope_sections}: wanted three numbers that sum "
                 f"to {self.rotary_width // 2}, half of the rotated width"
             )
+        self._check_parts()
         if self.attention not in ATTENTION:
             raise ValueError(
                 f"attention={self.attention!r}"
@@ -332,6 +433,41 @@ class Spec:
             )
         _check_head(self)
 
+    def _check_parts(self) -> None:
+        """What indexed attention and n-gram embeddings want of the rest."""
+        if self.indexed is not None:
+            if self.window:
+                raise ValueError(
+                    f"window={self.window} with indexed attention: wanted 0"
+                )
+            if self.rotary_width > self.indexed.width:
+                raise ValueError(
+                    f"indexed.width={self.indexed.width} must be at least the "
+                    f"{self.rotary_width} dims of a head that turn"
+                )
+            if self.dual_chunk is not None:
+                raise ValueError("indexed attention and dual_chunk: wanted one of them")
+        both = self.indexed is not None or self.streams is not None
+        if both and (self.mtp_layers or self.vision is not None):
+            raise ValueError(
+                f"mtp_layers={self.mtp_layers}, vision={self.vision}: with streams or "
+                "indexed attention wanted 0 and None"
+            )
+        if self.ngram is None:
+            return
+        if self.streams is None:
+            raise ValueError("the group ngram is given, and the group streams is not")
+        delta = [i for i, kind in enumerate(self.kinds) if kind.mixer == "delta"]
+        if set(self.ngram.layers) - set(delta):
+            raise ValueError(
+                f"ngram.layers={self.ngram.layers}: wanted some of the layers that mix "
+                f"with delta, {tuple(delta)}"
+            )
+        if not 0 <= self.ngram.eos_id < self.vocab_size:
+            raise ValueError(
+                f"ngram.eos_id={self.ngram.eos_id}: wanted 0 to {self.vocab_size - 1}"
+            )
+
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """What each layer is. `mixers` repeats until all layers have one."""
@@ -340,6 +476,7 @@ class Spec:
                 mixer=mixer,
                 window=self.windows[i] if mixer == "attention" else 0,
                 sparse=self.moe is not None and i not in self.dense_layers,
+                ngram=self.ngram is not None and i in self.ngram.layers,
             )
             for i in range(self.num_layers)
             for mixer in [self.mixers[i % len(self.mixers)]]
@@ -351,7 +488,7 @@ class Spec:
         return (Kind(sparse=self.moe is not None),) * self.mtp_layers
 
     def layers_with(self, stack: str) -> tuple[int, ...]:
-        """Layers that have weights in a stack: "attention", "delta", "mlp", "moe"."""
+        """Layers that have weights in a stack, one of `STACKS`."""
         return tuple(i for i, kind in enumerate(self.kinds) if stack in stacks(kind))
 
     @property
@@ -392,6 +529,7 @@ def _check_head(spec: Spec) -> None:
         )
 
 
-def stacks(kind: Kind) -> tuple[str, str]:
-    """The two stacks of weights that a layer of this kind takes its own from."""
-    return kind.mixer, "moe" if kind.sparse else "mlp"
+def stacks(kind: Kind) -> tuple[str, ...]:
+    """The stacks of weights that a layer of this kind takes its own from."""
+    own = (kind.mixer, "moe" if kind.sparse else "mlp")
+    return (*own, "ngram") if kind.ngram else own

@@ -12,8 +12,9 @@ for each thread. Elsewhere a stacked weight is made on its device and filled a t
 a time: host memory is at most PENDING_BYTES and the largest tensor.
 
 Shapes: a `Stack` is one weight of ours on all its devices; `place` is the index of a
-layer (and expert) in it. A `Rectangle` is rows and columns of a tensor seen as a
-matrix, and the strided view [rows, columns] of ours that they fill.
+layer (and expert) in it, then a slice where a tensor holds some of its rows (rows that
+none holds are zero). A `Rectangle` is rows and columns of a tensor seen as a matrix,
+and the strided view [rows, columns] of ours that they fill.
 Invariants: each number is cast once, rounded to nearest even, as `astype` does.
 Raises: config.InputError for a file that changes or ends while it is read.
 """
@@ -27,7 +28,7 @@ import math
 import os
 import pathlib
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -48,6 +49,20 @@ PENDING_BYTES = 256_000_000  # read ahead of what has reached a device
 SMALL_BYTES = 8_000_000  # weights that are put on a device whole
 
 Window = tuple[tuple[int, int], ...]  # (start, stop) in each dim of a weight
+Place = tuple[int | slice, ...]
+
+
+def shape_at(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
+    """The shape of what is in a place of a weight."""
+    rest = shape[len(place) :]
+    if _cut(place):
+        return (place[-1].stop - place[-1].start, *rest)
+    return rest
+
+
+def _cut(place: Place) -> bool:
+    """Whether a tensor holds a part of the rows in its place."""
+    return bool(place) and isinstance(place[-1], slice)
 
 
 class Stack:
@@ -68,26 +83,26 @@ class Stack:
                 self.devices.setdefault(window, []).append(device)
         self._made: dict[Window, Any] = {}
 
-    def parts(self, place: tuple[int, ...]) -> Iterator[tuple[Window, np.ndarray, Any]]:
-        """(window in the dims after `place`, array to fill, what to call then)."""
+    def parts(self, place: Place) -> Iterator[tuple[Window, np.ndarray, Any]]:
+        """(window in what is in `place`, array to fill, what to call then)."""
         for window in self.devices:
-            at = _inside(place, window)
-            if at is None:
+            found = _inside(place, window)
+            if found is None:
                 continue
-            rest = window[len(place) :]
+            at, rest = found
             shape = tuple(stop - start for start, stop in rest)
             nbytes = self.dtype.itemsize * math.prod(b - a for a, b in window)
             if not place or _on_host(self.devices[window][0]) or nbytes < SMALL_BYTES:
                 made = self._made.get(window)
                 if made is None:
-                    whole = tuple(stop - start for start, stop in window)
-                    made = self._made[window] = aligned(whole, self.dtype)
+                    make = np.zeros if _cut(place) else np.empty
+                    made = self._made[window] = _host(window, self.dtype, make)
                 yield rest, made[at], None
                 continue
             part = aligned(shape, self.dtype)
             yield rest, part, functools.partial(self._put, window, at, part)
 
-    def _put(self, window: Window, at: tuple[int, ...], part: np.ndarray) -> None:
+    def _put(self, window: Window, at: Place, part: np.ndarray) -> None:
         """Write a part into the arrays on the devices."""
         shape = tuple(stop - start for start, stop in window)
         made = self._made.get(window)
@@ -96,8 +111,10 @@ class Stack:
                 jnp.zeros(shape, self.dtype, device=device)
                 for device in self.devices[window]
             ]
-        start = np.array([*at, *[0] * part.ndim], np.int32)
-        part = part.reshape(*[1] * len(at), *part.shape)
+        start = [i.start if isinstance(i, slice) else i for i in at]
+        start += [0] * (len(shape) - len(at))
+        part = part.reshape(*[1] * (len(shape) - part.ndim), *part.shape)
+        start = np.array(start, np.int32)
         self._made[window] = [_update(whole, part, start) for whole in made]
         jax.block_until_ready(self._made[window])  # the part is free again
 
@@ -105,7 +122,9 @@ class Stack:
         """The filled weight; the stack is of no use afterwards."""
         arrays = []
         for window, devices in self.devices.items():
-            made = self._made.pop(window)
+            made = self._made.pop(window, None)
+            if made is None:  # rows that no tensor holds
+                made = _host(window, self.dtype, np.zeros)
             if not isinstance(made, list):
                 made = [jax.device_put(made, device) for device in devices]
             arrays += made
@@ -126,18 +145,33 @@ def _on_host(device: Any) -> bool:
     return (device.platform if device is not None else jax.default_backend()) == "cpu"
 
 
-def _inside(place: tuple[int, ...], window: Window) -> tuple[int, ...] | None:
-    """The place counted from the window's start; None where it is outside."""
-    pairs = list(zip(place, window[: len(place)], strict=True))
-    if any(not start <= i < stop for i, (start, stop) in pairs):
-        return None
-    return tuple(i - start for i, (start, _) in pairs)
+def _inside(place: Place, window: Window) -> tuple[Place, Window] | None:
+    """(the part of a place that a window has, counted from the window's start; the same
+    counted from the place's); None where it has none."""
+    at, rest = [], list(window[len(place) :])
+    for i, (start, stop) in zip(place, window[: len(place)], strict=True):
+        if isinstance(i, slice):
+            first, last = max(start, i.start), min(stop, i.stop)
+            at.append(slice(first - start, last - start))
+            rest.insert(0, (first - i.start, last - i.start))
+        else:
+            first, last = i, i + 1
+            at.append(i - start)
+        if not start <= first < last <= stop:
+            return None
+    return tuple(at), tuple(rest)
 
 
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _host(window: Window, dtype: np.dtype, make: Callable[..., Any]) -> np.ndarray:
+    return aligned(tuple(stop - start for start, stop in window), dtype, make)
+
+
+def aligned(
+    shape: tuple[int, ...], dtype: np.dtype, make: Callable[..., Any] = np.empty
+) -> np.ndarray:
     """An array that JAX takes over without a copy on a CPU."""
     size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
+    raw = make(size + 64, np.uint8)
     skip = -raw.ctypes.data % 64
     return raw[skip : skip + size].view(dtype).reshape(shape)
 
@@ -236,7 +270,7 @@ class Job:
     key: str
     spec: spec_lib.Spec
     stack: Stack | None = None
-    place: tuple[int, ...] = ()
+    place: Place = ()
 
 
 def fill(jobs: list[Job]) -> None:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from qwen_jax import mesh
 from qwen_jax.models import spec as spec_lib
+from qwen_jax.models import streams
 
 DEEP = "deep_lbtd"
 
@@ -40,9 +41,9 @@ layers_of.defvjp(
 def owners(spec: spec_lib.Spec, deep: int = 0) -> dict[str, tuple[int, ...]]:
     """The layers whose weights each stack holds, in its order."""
     every = tuple(range(spec.num_layers))
-    named = {k: spec.layers_with(k) for k in ("attention", "delta", "mlp", "moe")}
+    named = {k: spec.layers_with(k) for k in spec_lib.STACKS}
     named[DEEP] = every[:deep]
-    return {"attention_norm_ld": every, "mlp_norm_ld": every} | {
+    return dict.fromkeys(streams.names(spec), every) | {
         k: layers for k, layers in named.items() if layers
     }
 
@@ -118,14 +119,12 @@ def repeats_of(layers: dict[str, Any], stretch: Stretch, owners) -> dict[str, An
 def layers_in(part: dict[str, Any], stretch: Stretch) -> list[dict[str, Any]]:
     """One repeat's weights -> those of each layer of the pattern."""
     used = dict.fromkeys(part, 0)
+    every = [name for name in part if name not in (*spec_lib.STACKS, DEEP)]
     out = []
     for kind in stretch.kinds:
         mine = {}
         deep = (DEEP,) if kind.deep else ()
-        for stack in (
-            *("attention_norm_ld", "mlp_norm_ld"),
-            *(*spec_lib.stacks(kind), *deep),
-        ):
+        for stack in (*every, *spec_lib.stacks(kind), *deep):
             i = used[stack]
             mine[stack] = jax.tree.map(lambda x, i=i: x[i], part[stack])
             used[stack] += 1

@@ -25,7 +25,7 @@ import numpy as np
 
 from qwen_jax.models import tensor_files
 
-CODES = {name: code for code, name in tensor_files.DTYPES.items()}
+CODES = {name: code for code, name in tensor_files.DTYPES.items()} | {"int64": "I64"}
 PARTIAL = ".partial"
 
 

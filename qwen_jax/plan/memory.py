@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax import mesh, params
-from qwen_jax.models import decoder
+from qwen_jax.models import decoder, streams
 from qwen_jax.models import spec as spec_lib
 
 CHUNK_BYTES = 3 * (32 << 20)  # logits, their exponentials and gradient in train/losses
@@ -107,7 +107,10 @@ def activation_bytes_per_token(
     for kind in (*spec.kinds, *spec.mtp_kinds):
         mixer, mixing = _mixer(spec, kind.mixer, rules, sizes)
         fed, feeding = _feed_forward(spec, kind.sparse, rules, sizes)
-        each, width = mixer | fed, spec.width * _item(spec.compute_dtype)
+        each, width = mixer | fed, _residual_bytes(spec)
+        if spec.streams is not None:
+            low = spec.streams.rank * _item(spec.compute_dtype)
+            each |= {"mix": 2 * low // _ways(rules.ffn, sizes)}
         # Autodiff left alone keeps the inputs of products and of attention, too.
         layer = (
             sum(each.values()) + each.get("q", 0) + each.get("k", 0) + 3 * width
@@ -117,6 +120,12 @@ def activation_bytes_per_token(
         kept += layer + width
         working = max(working, mixing + feeding)
     return kept, working
+
+
+def _residual_bytes(spec: spec_lib.Spec) -> int:
+    """Of one token, in all streams."""
+    streams = spec.streams.count if spec.streams is not None else 1
+    return streams * spec.width * _item(spec.compute_dtype)
 
 
 def _mixer(
@@ -129,7 +138,7 @@ def _mixer(
     """
     size = _item(spec.compute_dtype)
     heads, kv_heads = _ways(rules.heads, sizes), _ways(rules.kv_heads, sizes)
-    wide, width = (4 // size if size < 4 else 1), spec.width * size
+    wide, width = (4 // size if size < 4 else 1), _residual_bytes(spec)
     if mixer == "delta":
         delta = spec.delta
         keys = delta.key_heads * delta.key_width * size // kv_heads
@@ -177,14 +186,25 @@ def _largest_layer(
     sizes: Mapping[str, int],
     itemsize: int,
 ) -> int:
-    """Bytes of one layer's weights, of the kind of layer that has most."""
-    each = {
-        stack: local_bytes(layers[stack], rules, sizes, itemsize)
-        // len(spec.layers_with(stack))
-        for stack in ("attention", "delta", "mlp", "moe")
+    """Bytes of one layer's weights, of the kind of layer that has most; without tables
+    of n-grams, which stay where they lie."""
+    used = {
+        stack: {k: x for k, x in layers[stack].items() if k != "table_lvk"}
+        for stack in spec_lib.STACKS
         if stack in layers
     }
-    return max(sum(each[stack] for stack in spec_lib.stacks(k)) for k in spec.kinds)
+    each = {
+        stack: local_bytes(tree, rules, sizes, itemsize) // len(spec.layers_with(stack))
+        for stack, tree in used.items()
+    }
+    around = 0
+    if spec.streams is not None:
+        around = sum(
+            local_bytes(layers[name], rules, sizes, itemsize) // spec.num_layers
+            for name in streams.names(spec)
+        )
+    largest = max(sum(each[stack] for stack in spec_lib.stacks(k)) for k in spec.kinds)
+    return largest + around
 
 
 def local_bytes(

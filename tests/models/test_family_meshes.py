@@ -42,10 +42,18 @@ HYBRID = {
     "norm_offset": True,
     "rotary_share": 0.5,
 }
+STREAMS = {
+    "num_layers": 2,
+    "mixers": ("delta", "attention"),
+    "streams": spec_lib.Streams(3, 8),
+    "indexed": spec_lib.Indexed(heads=6, width=8, budget=8, ratio=2),
+    "ngram": spec_lib.Ngram((0,), heads=4, width=64, base=50, multiple=8, eos_id=5),
+}
 SPECS = {
     "moe": spec_lib.Spec(**COMMON, moe=EXPERTS, dense_layers=(1,)),
     "hybrid": spec_lib.Spec(**COMMON, **HYBRID),
     "hybrid moe": spec_lib.Spec(**COMMON | HYBRID, moe=EXPERTS),
+    "streams": spec_lib.Spec(**COMMON | HYBRID | STREAMS, moe=EXPERTS),
 }
 MESHES = {
     "fsdp 2, tensor 2, expert 2": (1, 2, 2, 2),
@@ -212,7 +220,7 @@ def test_cached_decoding_is_the_full_forward(name, listed):
         np.testing.assert_allclose(found[b, real[b] > 0], wanted[b], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["moe", "hybrid moe"])
+@pytest.mark.parametrize("name", ["moe", "hybrid moe", "streams"])
 def test_a_mesh_decodes_alike(name):
     spec = SPECS[name]
     tokens, _ = rows(4)

@@ -6,6 +6,7 @@ the layouts that a mesh asks for are compared with a copy made from what the saf
 library reads.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ import pytest
 import safetensors.numpy
 
 from qwen_jax import config, mesh, models
-from qwen_jax.models import hf, streaming, tensor_files, tensor_writer
+from qwen_jax.models import hf, ngram, streaming, tensor_files, tensor_writer
 from qwen_jax.models import spec as spec_lib
 
 COMMON = {
@@ -48,6 +49,14 @@ SPECS = {
     ),
     "qwen3_next": spec_lib.Spec(**COMMON | HYBRID, family="qwen3_next", moe=SHARED),
     "qwen3_5_moe": spec_lib.Spec(**COMMON | HYBRID, family="qwen3_5_moe", moe=SHARED),
+    "qwen4_exp": spec_lib.Spec(
+        **COMMON | HYBRID,
+        family="qwen4_exp",
+        moe=SHARED,
+        streams=spec_lib.Streams(2, 8),
+        indexed=spec_lib.Indexed(4, 16),
+        ngram=spec_lib.Ngram((0, 2), heads=4, width=64, base=50, multiple=8, shards=3),
+    ),
 }
 MESHES = {
     "fsdp 2, tensor 2, expert 2": (1, 2, 2, 2),
@@ -62,6 +71,11 @@ def folder(request, tmp_path_factory):
     made = tmp_path_factory.mktemp(request.param)
     spec = SPECS[request.param]
     weights = models.init(spec, 1)
+    if spec.ngram is not None:  # a table has rows of its own, then zeros
+        first, last = (x.rows for x in ngram.tables(spec.ngram, spec.vocab_size))
+        tables = weights["layers"]["ngram"]
+        assert first < last == tables["table_lvk"].shape[1]
+        tables["table_lvk"] = tables["table_lvk"].at[0, first:].set(0)
     models.save(spec, weights, made, shard_bytes=40_000)
     assert (made / tensor_files.INDEX).is_file()
     return spec, weights, made
@@ -86,7 +100,8 @@ def test_files_hold_what_the_library_finds(folder):
     found = {}
     for path in made.glob("*.safetensors"):
         found |= safetensors.numpy.load_file(path)
-    named = dict(hf.named_tensors(spec, weights, fused="5" in spec.family))
+    fused = spec.family in ("qwen3_5_moe", "qwen4_exp")
+    named = dict(hf.named_tensors(spec, weights, fused=fused))
     assert found.keys() == named.keys()
     for key, value in named.items():
         np.testing.assert_array_equal(found[key], value)
@@ -125,6 +140,20 @@ def test_a_cut_that_is_no_range_there_is_made_all_the_same(folder):
     spec, weights, made = folder
     sizes, rules = (1, 1, 8, 1), mesh.Rules(kv_heads=None)
     same(models.load(made, device_mesh=on(sizes), rules=rules)[1], weights)
+
+
+def test_a_table_of_ngrams_in_one_tensor_is_the_same(tmp_path):
+    spec = SPECS["qwen4_exp"]
+    spec = dataclasses.replace(spec, ngram=dataclasses.replace(spec.ngram, layers=(1,)))
+    weights = models.init(spec)
+    models.save(spec, weights, tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    stem = "model.layers.1.ple.ple_embedding.ngram_embedding."
+    parts = [tensors.pop(f"{stem}shard_{i}.weight") for i in range(3)]
+    tensors[stem + "weight"] = np.concatenate(parts)
+    safetensors.numpy.save_file(tensors, path)
+    same(models.load(tmp_path)[1], weights)
 
 
 class Half:
