@@ -78,7 +78,7 @@ def test_frequencies_and_factor(more):
 def test_a_factor_that_cannot_be():
     raw = {"model_type": "qwen3", "rope_theta": 1e6} | MODEL
     for scaling in ({"rope_type": "linear"}, PUBLISHED | {"factor": 0.5}):
-        with pytest.raises(config.InputError, match="wanted a number of at least 1"):
+        with pytest.raises(config.InputError, match="wanted a number of (at least )?1"):
             hf_config.spec_from_config(raw | {"rope_scaling": scaling})
 
 
