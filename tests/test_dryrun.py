@@ -224,7 +224,11 @@ def compiled_for(name, slice_name, layers):
 @needs_libtpu
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("name", "slice_name"), [("qwen3_8b", "v6e:4x4"), ("qwen3_32b", "v6e:16x16")]
+    ("name", "slice_name"),
+    [
+        ("qwen3_8b", "v6e:4x4"),
+        pytest.param("qwen3_32b", "v6e:16x16", marks=pytest.mark.slow),
+    ],
 )
 def test_two_layers_of_a_published_size_compile_for_its_slice(name, slice_name):
     exp, report = compiled_for(name, slice_name, 2)

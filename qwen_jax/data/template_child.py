@@ -211,6 +211,10 @@ def main(cpu_s: float, memory_bytes: int, output_chars: int) -> None:
     compiled = functools.lru_cache(maxsize=16)(environment().from_string)
     strftime_now("%c %Z")  # reads the time zone
     _limit(memory_bytes)
+    # A program that ignores or blocks the timer's signal, as a profiler's library may,
+    # hands that down to its children.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     _write(stdout, {"text": "ready"})
     while True:

@@ -5,6 +5,7 @@ template's alone."""
 import importlib.util
 import json
 import pathlib
+import signal
 import time
 
 import pytest
@@ -373,6 +374,19 @@ def test_a_template_that_misbehaves_is_told_quickly(box, name):
         box.render(source, {"messages": [], "add_generation_prompt": True})
     assert time.process_time() - begun < 0.5  # of ours
     assert box.render("{{ x }}", {"x": "and on"}) == "and on"
+
+
+def test_a_signal_that_is_ignored_or_blocked_here_is_none_in_the_child():
+    """Some libraries' profilers ignore or block the timer's signal in the process."""
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+    try:
+        with sandbox.Sandbox(wall_s=20.0) as own:
+            with pytest.raises(config.InputError, match="1 s of the processor"):
+                own.render(LOOPS, {})
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGPROF, before)
 
 
 def test_the_child_has_little_to_take(monkeypatch):

@@ -246,6 +246,7 @@ def test_the_rule_of_acceptance_alone():
     assert abs(float(kept.mean()) - share) < 4 * (share / rows) ** 0.5
 
 
+@pytest.mark.slow
 def test_a_mesh_drafts_alike():
     spec = SPECS["qwen3_5"]
     want = draft.generate(spec, weights("qwen3_5"), PROMPTS[:2], max_tokens=12)

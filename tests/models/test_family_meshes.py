@@ -161,7 +161,10 @@ def test_what_does_not_fit_on_the_way_is_counted():
     np.testing.assert_array_equal(sums["routed"], alone("moe")[1]["routed"])
 
 
-@pytest.mark.parametrize("loop", ["scan", "unroll"])
+UNROLLED = pytest.param("unroll", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("loop", ["scan", UNROLLED])
 @pytest.mark.parametrize("name", SPECS)
 def test_loops_and_remat_change_nothing(name, loop):
     for remat in ("none", "dots", "full"):
@@ -195,7 +198,10 @@ def test_micro_batches_count_what_was_seen_so_far():
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "a list of layers"])
+LISTED = pytest.param(True, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("listed", [False, LISTED], ids=["stacked", "a list of layers"])
 @pytest.mark.parametrize("name", SPECS)
 def test_cached_decoding_is_the_full_forward(name, listed):
     """Left and right padding, a prefill in two parts, then one token at a time."""

@@ -109,7 +109,14 @@ class Made:
         return weights
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# Experts of the head are met in qwen3_next, too.
+EVERY = [
+    pytest.param(name, marks=pytest.mark.slow if name == "qwen3_5_moe" else ())
+    for name in FAMILIES
+]
+
+
+@pytest.fixture(scope="module", params=EVERY)
 def made(request, tmp_path_factory):
     kind, layers, changes = FAMILIES[request.param]
     text = "" if kind == "Qwen3Next" else "Text"
