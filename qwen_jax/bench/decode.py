@@ -64,11 +64,7 @@ def main(argv: list[str]) -> int:
     """Measure what the flags ask for; returns the exit code."""
     args = flags.parse(parser(), argv)
     flags.at_least_one(args, "new_tokens", "rounds", "calls")
-    cores = os.cpu_count() or 1
-    if not 0 <= args.threads <= cores:
-        raise config.InputError(
-            f"--threads is {args.threads}, wanted 0 (all) to {cores} on this machine"
-        )
+    flags.check_threads(args)
     names = ["ours", *flags.chosen(args.peers, PEERS, "peers")]
     shapes = [_shape(args, rows) for rows in _rows(args.rows)]
     record = flags.head("qwen-jax bench decode " + shlex.join(argv))

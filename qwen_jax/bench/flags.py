@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import pathlib
 from typing import NoReturn
 
@@ -48,6 +49,15 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
             raise config.InputError(
                 f"--{name} is {getattr(args, name)}, wanted at least 1"
             )
+
+
+def check_threads(args: argparse.Namespace) -> None:
+    """Refuse more cores than there are."""
+    cores = os.cpu_count() or 1
+    if not 0 <= args.threads <= cores:
+        raise config.InputError(
+            f"--threads is {args.threads}, wanted 0 (all) to {cores} on this machine"
+        )
 
 
 def chosen(text: str, known: tuple[str, ...], flag: str) -> list[str]:

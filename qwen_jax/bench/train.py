@@ -23,10 +23,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shlex
 
-from qwen_jax import config
 from qwen_jax.bench import candidates, flags, grow, table
 from qwen_jax.bench import shape as shape_lib
 
@@ -108,11 +106,7 @@ def read_shape(args: argparse.Namespace) -> shape_lib.Shape:
 def read_names(args: argparse.Namespace) -> list[str]:
     """Candidates in the order in which they are listed; flags are checked here."""
     flags.at_least_one(args, "rounds", "steps", "save_every")
-    cores = os.cpu_count() or 1
-    if not 0 <= args.threads <= cores:
-        raise config.InputError(
-            f"--threads is {args.threads}, wanted 0 (all) to {cores} on this machine"
-        )
+    flags.check_threads(args)
     names = flags.chosen(args.candidates, OURS, "candidates")
     names += flags.chosen(args.peers, PEERS, "peers")
     if (args.length or args.loss_memory) and not args.peers:

@@ -82,6 +82,7 @@ def generate(
             seen_bv,
             sampling_lib.stack([wishes[i] for i in filled]),
             see,
+            len(prompts),
             spec=spec,
             max_tokens=max_tokens,
             stop_ids=stop_ids,
@@ -177,14 +178,16 @@ def _generate(
     seen_bv,
     wishes,
     see,
+    asked,
     *,
     spec,
     max_tokens,
     stop_ids,
     rules,
 ):
-    """Prefill and a loop over new tokens, until all rows have ended: [b, max_tokens]
-    ids, of which those after a row's first stop id mean nothing."""
+    """Prefill and a loop over new tokens, until the first `asked` rows have ended (the
+    others fill up the mesh): [b, max_tokens] ids, of which those after a row's first
+    stop id mean nothing."""
     rows = rules.pspec("batch", None)
     tokens_bt = mesh.reshard(tokens_bt, rows)
     segments_bt = mesh.reshard(segments_bt, rows)
@@ -215,7 +218,8 @@ def _generate(
 
     first_b, seen_bv = pick(hidden_btd[:, -1:], seen_bv, 0)
     new_tb = jnp.zeros((max_tokens, b), jnp.int32).at[0].set(first_b)
-    carry = (jnp.int32(1), first_b, _stops(first_b, stop_ids), new_tb, seen_bv, cache)
+    ended_b = _stops(first_b, stop_ids) | (jnp.arange(b) >= asked)
+    carry = (jnp.int32(1), first_b, ended_b, new_tb, seen_bv, cache)
     return jax.lax.while_loop(goes_on, step, carry)[3].T
 
 
