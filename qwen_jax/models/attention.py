@@ -170,28 +170,28 @@ def cached(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One layer over new tokens and a cache: (y_btd, what is held with them in).
 
-    `held` has k_bshk and v_bshk, and with indexed attention the index's own keys,
+    `held` has k_bhsk and v_bhsk, and with indexed attention the index's own keys,
     index_bsi; then `turned` has cos_bsk and sin_bsk of the slots. `segments_bs` already
     has the new tokens' segments; `length` is the slot of the first new token. `chunked`
     has the positions of new tokens and of all slots, where dual chunks make a
     difference.
     """
     q_btnk, k_bthk, v_bthk = project(p, x_btd, cos_btk, sin_btk, spec, rules)
-    new = {"k_bshk": k_bthk, "v_bshk": v_bthk}
+    new = {"k_bhsk": k_bthk, "v_bhsk": v_bthk}
     if spec.indexed is not None:
         q_btni, new["index_bsi"] = indexed.project(
             p["indexer"], x_btd, cos_btk, sin_btk, spec, rules
         )
     held = _written(held, new, length, rules)
-    slots = held["k_bshk"], held["v_bshk"]
-    if indexed.chooses(spec, slots[0].shape[1]):
+    slots = held["k_bhsk"], held["v_bhsk"]
+    if indexed.chooses(spec, slots[0].shape[2]):
         out_btnk = indexed.local(spec, rules)(
             *(q_btnk, *slots, q_btni, held["index_bsi"], *turned),
             *(segments_bt, segments_bs, length, p["indexer"]["k_norm_li"]),
         )
         return merge(p, out_btnk, x_btd, spec, rules), held
     heads = queries = rules.pspec("batch", None, "heads", None)
-    kv_heads = rules.pspec("batch", None, "kv_heads", None)
+    kv_heads = rules.pspec("batch", "kv_heads", None, None)
     rows = rules.pspec("batch", None)
     over = functools.partial(over_cache, window=window)
     if chunked is not None:
@@ -213,16 +213,21 @@ def cached(
 
 def _written(held, new, length, rules):
     """What a cache holds of one layer with that of new tokens in, from a slot on."""
-    heads = rules.pspec("batch", None, "kv_heads", None)
-    lies = dict.fromkeys(new, heads)
+    lies = dict.fromkeys(new, rules.pspec("batch", "kv_heads", None, None))
+    come = dict.fromkeys(new, rules.pspec("batch", None, "kv_heads", None))
     if "index_bsi" in new:
-        lies["index_bsi"] = rules.pspec("batch", None, None)
+        lies["index_bsi"] = come["index_bsi"] = rules.pspec("batch", None, None)
 
     def write(held, new, length):
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-        return {k: put(held[k], x, length) for k, x in new.items()}
+        put = jax.lax.dynamic_update_slice_in_dim
+        return {
+            k: put(held[k], x, length, axis=1)
+            if x.ndim == 3
+            else put(held[k], x.transpose(0, 2, 1, 3), length, axis=2)
+            for k, x in new.items()
+        }
 
-    write = mesh.local(write, inputs=(lies, lies, jax.P()), out=lies)
+    write = mesh.local(write, inputs=(lies, come, jax.P()), out=lies)
     return write(held, new, length)
 
 
@@ -272,21 +277,26 @@ def merge(p, out_btnk, x_btd, spec, rules):
     return mesh.product(out_btnk, o_nkd, inner=2, out=out)
 
 
-def over_cache(q_btnk, k_bshk, v_bshk, seg_bt, seg_bs, length, *, window, block=512):
+def over_cache(q_btnk, k_bhsk, v_bhsk, seg_bt, seg_bs, length, *, window, block=512):
     """Attention of new queries over cache slots; query i sits in slot length + i.
 
     Queries go in blocks, so that prefill holds [block, s] scores at a time.
     """
     b, t, n, k = q_btnk.shape
-    h = k_bshk.shape[2]
+    h = k_bhsk.shape[1]
     wide = jnp.promote_types(q_btnk.dtype, jnp.float32)
     # Window distance counts real tokens, so padding in a row does not stretch it.
     rank_bs = jnp.cumsum(seg_bs > 0, axis=1)
-    slot_s = jnp.arange(k_bshk.shape[1])
+    slot_s = jnp.arange(k_bhsk.shape[2])
 
     def rows(q_bqhgk, seg_bq, slot_q):
+        # Queries in the order of the keys: otherwise XLA on a CPU writes the new keys
+        # once for the cache and once for this product, and copies all slots to do so.
         scores = jnp.einsum(
-            "bqhgk,bshk->bhgqs", q_bqhgk, k_bshk, preferred_element_type=wide
+            "bhgqk,bhsk->bhgqs",
+            q_bqhgk.transpose(0, 2, 3, 1, 4),
+            k_bhsk,
+            preferred_element_type=wide,
         )
         seen = (slot_q[:, None] >= slot_s[None, :])[None]
         seen = seen & (seg_bq[:, :, None] == seg_bs[:, None, :])
@@ -296,8 +306,8 @@ def over_cache(q_btnk, k_bshk, v_bshk, seg_bt, seg_bs, length, *, window, block=
             seen = seen & (rank_bq[:, :, None] - rank_bs[:, None, :] < window)
         seen = jnp.broadcast_to(seen[:, None, None], scores.shape)
         p = jax.nn.softmax(jnp.where(seen, scores, blockwise.NEG), axis=-1)
-        p = jnp.where(seen, p, 0.0).astype(v_bshk.dtype)
-        out = jnp.einsum("bhgqs,bshk->bqhgk", p, v_bshk, preferred_element_type=wide)
+        p = jnp.where(seen, p, 0.0).astype(v_bhsk.dtype)
+        out = jnp.einsum("bhgqs,bhsk->bqhgk", p, v_bhsk, preferred_element_type=wide)
         return out.astype(q_btnk.dtype)
 
     q = (q_btnk * k**-0.5).reshape(b, t, h, n // h, k)

@@ -17,6 +17,7 @@ Raises: nothing inside jit; a write past the last slot is the caller's to preven
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +33,13 @@ from qwen_jax.models import spec as spec_lib
 class Cache:
     """What the layers keep of the tokens seen so far.
 
-    attention: {"k_bshk", "v_bshk"} with the attention layers in front, or None; with
+    attention: {"k_bhsk", "v_bhsk"} with the attention layers in front, or None; with
       indexed attention also "index_bsi", and then positions_bs of all slots beside it.
     delta: {"s_bnku", "q_bjhk", "k_bjhk", "v_bjnu"}, likewise: see `delta.mix`.
     ngram: {"x_bjrd"}, likewise, and `recent` ids for the layers of n-grams: see
       `ngram.py`.
+
+    `apart` has a list of one such dict for each layer in place of the stacks.
     """
 
     attention: dict[str, jax.Array] | None
@@ -75,10 +78,11 @@ def init(
     attention, delta = (len(spec.layers_with(k)) for k in ("attention", "delta"))
     keys, states, tail = None, None, jnp.zeros((rows, 0), jnp.int32)
     if attention:
-        shape = (attention, rows, slots, spec.num_kv_heads, spec.head_width)
-        layout = rules.pspec("layers", "batch", None, "kv_heads", None)
+        # Heads before slots: the order in which products over slots take them.
+        shape = (attention, rows, spec.num_kv_heads, slots, spec.head_width)
+        layout = rules.pspec("layers", "batch", "kv_heads", None, None)
         zeros = mesh.reshard(jnp.zeros(shape, dtype), layout)
-        keys = {"k_bshk": zeros, "v_bshk": zeros}
+        keys = {"k_bhsk": zeros, "v_bhsk": zeros}
     positions = None
     if attention and spec.indexed is not None:
         index = jnp.zeros((attention, rows, slots, spec.indexed.width), dtype)
@@ -107,6 +111,39 @@ def init(
         ngram=grams,
         recent=recent,
     )
+
+
+STACKS = ("attention", "delta", "ngram")
+
+
+def is_apart(cache: Cache) -> bool:
+    """Whether each layer's part is an array of its own."""
+    return any(isinstance(getattr(cache, k), list) for k in STACKS)
+
+
+def apart(cache: Cache) -> Cache:
+    """The cache with an array for each layer. A loop over unrolled layers then writes
+    new tokens where they go, and copies no layer out of a stack and back."""
+
+    def split(stack):
+        count = len(jax.tree.leaves(stack)[0])
+        return [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(count)]
+
+    return cache.replace(**{k: split(x) for k, x in _held(cache, dict)})
+
+
+def together(cache: Cache) -> Cache:
+    """The cache with its layers stacked."""
+
+    def join(parts):
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
+
+    return cache.replace(**{k: join(x) for k, x in _held(cache, list)})
+
+
+def _held(cache: Cache, kind: type) -> list[tuple[str, Any]]:
+    every = [(k, getattr(cache, k)) for k in STACKS]
+    return [(k, x) for k, x in every if isinstance(x, kind)]
 
 
 def put(

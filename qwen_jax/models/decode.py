@@ -142,6 +142,12 @@ def check(
         )
 
 
+def _empty(spec, params, rows, slots, rules=None):
+    """A cache whose layers are stacked or apart as those of the weights are."""
+    cache = cache_lib.init(spec, rows, slots, rules)
+    return cache_lib.apart(cache) if isinstance(params["layers"], list) else cache
+
+
 def _each(sampling: Any, count: int) -> list[sampling_lib.Sampling]:
     """Settings of each of `count` rows."""
     if sampling is None or isinstance(sampling, sampling_lib.Sampling):
@@ -192,7 +198,7 @@ def _generate(
     tokens_bt = mesh.reshard(tokens_bt, rows)
     segments_bt = mesh.reshard(segments_bt, rows)
     b, t = tokens_bt.shape
-    cache = cache_lib.init(spec, b, t + max_tokens, rules)
+    cache = _empty(spec, params, b, t + max_tokens, rules)
     hidden_btd, cache = decoder.hidden_cached(
         spec, params, tokens_bt, cache, segments=segments_bt, rules=rules, **see
     )
@@ -281,7 +287,7 @@ def stream(
         if ended or done == max_tokens:
             return
         count = min(count, max_tokens - done)
-        _make_room(spec, kept, count)
+        _make_room(spec, params, kept, count)
         cache, kept.cache = kept.cache, None  # given away until the call is back
         number, new_t, seen_bv, cache = _several(
             params,
@@ -311,7 +317,7 @@ def _prefill(spec, params, prompt, kept):
         else:
             size = min(s for s in PIECES if s >= len(rest))
         now, rest = rest[:size], rest[size:]
-        _make_room(spec, kept, size)
+        _make_room(spec, params, kept, size)
         pad = size - len(now)
         cache, kept.cache = kept.cache, None
         logits_bv, kept.cache = _piece(
@@ -353,8 +359,9 @@ def _cut(cache, slots):
     known = {"attention", "delta", "segments_bs", "tail_segments_bj", "length"}
     known |= {"offset_b"}  # nothing without images, which `stream` does not take
     more = {"positions_bs", "ngram", "recent"}
+    stacked = not cache_lib.is_apart(cache)
     whole = cache.attention is not None and all(
-        leaf.ndim == 5 and leaf.shape[2] == cache.slots
+        leaf.ndim - stacked == 4 and leaf.shape[2 + stacked] == cache.slots
         for leaf in jax.tree.leaves(cache.attention)
     )
     whole = whole and all(getattr(cache, name) is None for name in (*more, "delta"))
@@ -366,7 +373,7 @@ def _cut(cache, slots):
     return cache.replace(segments_bs=left_bs, length=jnp.int32(slots))
 
 
-def _make_room(spec, kept, count):
+def _make_room(spec, params, kept, count):
     """At least `count` free slots in what is kept."""
     wanted = len(kept.ids) + count
     slots = FIRST_SLOTS if kept.cache is None else kept.cache.slots
@@ -375,7 +382,7 @@ def _make_room(spec, kept, count):
     while slots < wanted:
         slots *= 2
     # Copied: parts of an empty cache may be one array, to be given away only once.
-    fresh = jax.tree.map(jnp.copy, cache_lib.init(spec, 1, slots))
+    fresh = jax.tree.map(jnp.copy, _empty(spec, params, 1, slots))
     old, kept.cache = kept.cache, None
     kept.cache = fresh if old is None else _moved(old, fresh)
 

@@ -423,23 +423,10 @@ def hidden_cached(
     deep = 0 if deep_lbtd is None else len(deep_lbtd)
     every = stretches.with_deep(params["layers"], deep_lbtd)
     every = ngram_lib.attach(spec, every, tokens_bt, segments, cache.recent, rules)
-    holding = ("attention", "delta", "ngram")
-    new = {k: [] for k in holding if getattr(cache, k) is not None}
-    owners = stretches.owners(spec, deep)
-    for stretch in stretches.stretches(stretches.kinds(spec, deep)):
-        held = {k: getattr(cache, k) for k in new}
-        held = stretches.repeats_of(held, stretch, {k: owners[k] for k in new})
-        if isinstance(every, list):
-            layers = every[stretch.start : stretch.stop]
-        else:
-            layers = stretches.repeats_of(every, stretch, owners)
-        x, parts = _cached_stretch(layer, stretch, layers, x, held)
-        for stack, part in parts.items():
-            new[stack].append(jax.tree.map(mesh.join_first, part))
-    held = {
-        k: jax.tree.map(lambda *xs: xs[0] if len(xs) == 1 else jnp.concatenate(xs), *v)
-        for k, v in new.items()
-    }
+    if isinstance(every, list):
+        x, held = _each_cached(layer, every, stretches.kinds(spec, deep), x, cache)
+    else:
+        x, held = _scan_cached(layer, every, spec, deep, x, cache)
     tail_bj = cache.tail_segments_bj
     if "delta" in held:
         run = mesh.local(delta_lib.tail_segments, inputs=(rows, rows), out=rows)
@@ -507,13 +494,51 @@ def cached_layer(
     return _deepened(p, x, kind), new
 
 
-def _cached_stretch(layer, stretch, layers, x, held):
+def _each_cached(layer, layers, kinds, x, cache):
+    """Unrolled layers: (residual, what each stack of the cache holds then)."""
+    parts = cache_lib.apart(cache)
+    new = {k: [] for k in cache_lib.STACKS if getattr(parts, k) is not None}
+    for kind, p in zip(kinds, layers, strict=True):
+        mine = [k for k in spec_lib.stacks(kind) if k in new]
+        held = {k: getattr(parts, k)[len(new[k])] for k in mine}
+        x, held = layer(p, x, held, kind)
+        for k in mine:
+            new[k].append(held[k])
+    if not cache_lib.is_apart(cache):
+        new = {k: stretches.stacked(v) for k, v in new.items()}
+    return x, new
+
+
+def _scan_cached(layer, every, spec, deep, x, cache):
+    """Stacked layers in loops, one for each stretch: likewise."""
+    stacks = cache_lib.together(cache)
+    stacks = {k: getattr(stacks, k) for k in cache_lib.STACKS}
+    stacks = {k: v for k, v in stacks.items() if v is not None}
+    owners, news = stretches.owners(spec, deep), {k: [] for k in stacks}
+    for stretch in stretches.stretches(stretches.kinds(spec, deep)):
+        held = stretches.repeats_of(stacks, stretch, {k: owners[k] for k in stacks})
+        layers = stretches.repeats_of(every, stretch, owners)
+        x, parts = _scan_stretch(layer, stretch, layers, x, held)
+        for stack, part in parts.items():
+            news[stack].append(jax.tree.map(mesh.join_first, part))
+    new = {
+        k: jax.tree.map(lambda *xs: xs[0] if len(xs) == 1 else jnp.concatenate(xs), *v)
+        for k, v in news.items()
+    }
+    if cache_lib.is_apart(cache):
+        new = {k: stretches.layers_of(v, len(owners[k])) for k, v in new.items()}
+    return x, new
+
+
+def _scan_stretch(layer, stretch, layers, x, held):
     """The layers of a stretch: (residual, what they hold, [repeats, layers, ...])."""
 
     def body(x, now):
         layers, held = now
         used, new = dict.fromkeys(held, 0), {k: [] for k in held}
-        for kind, p in zip(stretch.kinds, layers, strict=True):
+        for kind, p in zip(
+            stretch.kinds, stretches.layers_in(layers, stretch), strict=True
+        ):
             mine = {}
             for k in [k for k in spec_lib.stacks(kind) if k in held]:
                 mine[k] = jax.tree.map(lambda x, i=used[k]: x[i], held[k])
@@ -523,15 +548,4 @@ def _cached_stretch(layer, stretch, layers, x, held):
                 new[k].append(part)
         return x, {k: stretches.stacked(v) for k, v in new.items()}
 
-    if not isinstance(layers, list):
-        return jax.lax.scan(
-            lambda x, now: body(x, (stretches.layers_in(now[0], stretch), now[1])),
-            x,
-            (layers, held),
-        )
-    each, news = len(stretch.kinds), []
-    for r in range(stretch.repeats):
-        mine = jax.tree.map(lambda x, r=r: x[r], held)
-        x, new = body(x, (layers[r * each : (r + 1) * each], mine))
-        news.append(new)
-    return x, stretches.stacked(news)
+    return jax.lax.scan(body, x, (layers, held))

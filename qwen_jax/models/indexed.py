@@ -178,8 +178,8 @@ def chosen_slots(q_bqni, slot_q, segments_bq, found: Blocks, spec):
 
 def attend(
     q_btnk,
-    k_bshk,
-    v_bshk,
+    k_bhsk,
+    v_bhsk,
     q_btni,
     k_bsi,
     cos_bsk,
@@ -195,24 +195,24 @@ def attend(
     """Attention of one device's rows and heads: out_btnk; query j is in slot length + j
     and its key is among the s slots. `queries` at a time; None chooses."""
     b, t, n, k = q_btnk.shape
-    h = k_bshk.shape[2]
-    queries = queries or max(8, min(256, PAIRS // k_bshk.shape[1]))
+    h, s = k_bhsk.shape[1:3]
+    queries = queries or max(8, min(256, PAIRS // s))
     found = jax.lax.stop_gradient(
         blocks(k_bsi, cos_bsk, sin_bsk, segments_bs, norm_i, spec)
     )
 
-    few = t * (spec.indexed.budget + spec.indexed.ratio - 1) < k_bshk.shape[1]
+    few = t * (spec.indexed.budget + spec.indexed.ratio - 1) < s
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def some(q_bqnk, q_bqni, segments_bq, slot_q):
         q_bqhgk = (q_bqnk * k**-0.5).reshape(b, -1, h, n // h, k)
         if few:
             slots, seen = chosen_slots(q_bqni, slot_q, segments_bq, found, spec)
-            take = jax.vmap(lambda x_shk, slots_qs: x_shk[slots_qs])
-            keys, values, dims = take(k_bshk, slots), take(v_bshk, slots), "bqshk"
+            take = jax.vmap(lambda x_hsk, slots_qs: x_hsk[:, slots_qs])
+            keys, values, dims = take(k_bhsk, slots), take(v_bhsk, slots), "bhqsk"
         else:
             seen = mask(q_bqni, slot_q, segments_bq, segments_bs, found, spec)
-            keys, values, dims = k_bshk, v_bshk, "bshk"
+            keys, values, dims = k_bhsk, v_bhsk, "bhsk"
         wide = {"preferred_element_type": jnp.promote_types(q_bqnk.dtype, jnp.float32)}
         scores = jnp.einsum(f"bqhgk,{dims}->bhgqs", q_bqhgk, keys, **wide)
         seen = jnp.broadcast_to(seen[:, None, None], scores.shape)
@@ -246,8 +246,9 @@ def attention(
         segments_bt = mesh.reshard(jnp.ones(x_btd.shape[:2], jnp.int32), rows)
     q_btni, k_bti = project(p, x_btd, cos_btk, sin_btk, spec, rules)
     run = local(spec, rules)
+    q_btnk, k_bhsk, v_bhsk = qkv[0], *(x.transpose(0, 2, 1, 3) for x in qkv[1:])
     out_btnk = run(
-        *qkv,
+        *(q_btnk, k_bhsk, v_bhsk),
         q_btni,
         k_bti,
         cos_btk,
@@ -263,7 +264,7 @@ def attention(
 def local(spec, rules):
     """`attend` on each device's rows and heads."""
     heads = rules.pspec("batch", None, "heads", None)
-    kv_heads = rules.pspec("batch", None, "kv_heads", None)
+    kv_heads = rules.pspec("batch", "kv_heads", None, None)
     rows, index = rules.pspec("batch", None), rules.pspec("batch", None, None)
     queries = rules.pspec("batch", None, None, None)
     return mesh.local(

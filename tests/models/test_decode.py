@@ -73,6 +73,24 @@ def test_layers_apart_and_stacked_decode_alike(params):
     assert decode.generate(SPEC, apart, PROMPTS, max_tokens=8) == stacked
 
 
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "a list of layers"])
+def test_a_cache_keeps_the_form_that_it_came_in(params, listed):
+    """Whichever form the weights have."""
+    weights = decoder.unstacked(SPEC, params) if listed else params
+    run = jax.jit(lambda x, cache: models.forward(SPEC, weights, x, cache=cache))
+    tokens, empty = jnp.arange(12).reshape(2, 6), cache_lib.init(SPEC, 2, 8)
+    want, stacked = run(tokens, empty)
+    got, apart = run(tokens, cache_lib.apart(empty))
+    assert cache_lib.is_apart(apart) and not cache_lib.is_apart(stacked)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    for a, b in zip(
+        jax.tree.leaves(cache_lib.together(apart)),
+        jax.tree.leaves(stacked),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 def test_it_ends_at_the_first_end_id(params):
     whole = decode.generate(SPEC, params, PROMPTS, max_tokens=12)
     end = whole[0][5]

@@ -412,12 +412,11 @@ def test_chosen_slots_are_those_chosen_by_hand():
     query, keys, values = heads[0], heads[1, :, :, :2], heads[2, :, :, :2]
     run = jax.jit(indexed.attend, static_argnames=("spec", "queries"))
     slots, how = (cos, sin), {"spec": spec, "queries": 8}
-    out = run(
-        *(query, keys, values, q, k, *slots, segments, segments, 0, weight), **how
-    )
+    held = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+    out = run(*(query, *held, q, k, *slots, segments, segments, 0, weight), **how)
     one = [x[:, -3:-2] for x in (query, q, segments)]
     alone = run(
-        *(one[0], keys, values, one[1], k, *slots, one[2], segments, t - 3, weight),
+        *(one[0], *held, one[1], k, *slots, one[2], segments, t - 3, weight),
         **how,
     )
     logits = np.einsum("btnk,bsnk->bnts", query, keys.repeat(2, 2)) / np.sqrt(8)
@@ -433,7 +432,7 @@ def test_memory_is_linear_in_the_length():
     spec = spec_lib.Spec(indexed=spec_lib.Indexed(2, 8, 64, 4), head_width=8)
 
     def reserved(t):
-        shapes = [(1, t, 4, 8), (1, t, 2, 8), (1, t, 2, 8), (1, t, 2, 8), (1, t, 8)]
+        shapes = [(1, t, 4, 8), (1, 2, t, 8), (1, 2, t, 8), (1, t, 2, 8), (1, t, 8)]
         shapes += [(1, t, 4)] * 2
         floats = [jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes]
         rows = [jax.ShapeDtypeStruct((1, t), jnp.int32)] * 2

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import config, models
-from qwen_jax.models import decode, sampling
+from qwen_jax.models import decode, decoder, sampling
 from qwen_jax.models import spec as spec_lib
 
 VOCAB = 500
@@ -232,9 +232,12 @@ HYBRID = dataclasses.replace(
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 
 
-@pytest.fixture(scope="module", params=[SPEC, HYBRID], ids=["attention", "hybrid"])
+@pytest.fixture(scope="module", params=["attention", "apart", "hybrid apart"])
 def model(request):
-    return request.param, models.init(request.param, 0)
+    """A spec and its weights, whose layers are stacked or each by itself."""
+    spec = HYBRID if "hybrid" in request.param else SPEC
+    params = models.init(spec, 0)
+    return spec, decoder.unstacked(spec, params) if "apart" in request.param else params
 
 
 def test_a_penalty_counts_prompt_and_answer():
