@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -244,15 +245,48 @@ def einsum(subscripts: str, *operands: jax.Array, out: P, **kwargs) -> jax.Array
     return jnp.einsum(subscripts, *operands, **kwargs)
 
 
-def product(x: jax.Array, w: jax.Array, *, inner: int = 1, out: P) -> jax.Array:
+@struct.dataclass
+class Turned:
+    """A weight [*i, *o] that lies as x [*o, *i], for `product` where no mesh is set.
+
+    A CPU decodes faster so: 24 pairs of products of 512 and 1,536 take 12.9 ms instead
+    of 20.8 with 8 rows, 6.9 instead of 8.8 with one, and no longer with 256.
+    """
+
+    x: jax.Array
+
+    @property
+    def ndim(self) -> int:
+        return self.x.ndim
+
+    @property
+    def dtype(self) -> Any:
+        return self.x.dtype
+
+    def astype(self, dtype: Any) -> "Turned":
+        return Turned(self.x.astype(dtype))
+
+
+def turned(w: jax.Array, inner: int) -> Turned:
+    """A weight [*i, *o] as `Turned`; `inner` counts the dims in i."""
+    return Turned(w.transpose(*range(inner, w.ndim), *range(inner)))
+
+
+def product(
+    x: jax.Array, w: jax.Array | Turned, *, inner: int = 1, out: P
+) -> jax.Array:
     """x [b, t, *i] times w [*i, *o] -> [b, t, *o] as ONE product of two matrices.
 
     `inner` counts the dims in i. Rows and tokens are merged first: the gradient of an
     einsum with both is a product over two dims, for which XLA on a CPU writes out a
     transposed copy of the activations (measured: 12-30 % of a training step).
     """
-    rows, width = x.shape[0] * x.shape[1], math.prod(w.shape[:inner])
-    new = w.shape[inner:]
+    rows = x.shape[0] * x.shape[1]
+    if isinstance(w, Turned):
+        new, width = w.x.shape[: w.ndim - inner], math.prod(x.shape[2:])
+        y = w.x.reshape(-1, width) @ x.reshape(rows, width).T
+        return y.T.reshape(*x.shape[:2], *new)
+    width, new = math.prod(w.shape[:inner]), w.shape[inner:]
     flat = _merged(x, (rows, width), (0, 2))
     w = _merged(w, (width, math.prod(new)), (0, inner))
     if not active():

@@ -24,7 +24,7 @@ import jax
 from qwen_jax import checks, config, models
 from qwen_jax import params as params_lib
 from qwen_jax.data import chat, reply, tokenizer
-from qwen_jax.models import decode, decoder, gguf, hf_config
+from qwen_jax.models import decode, gguf, hf_config
 from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.models import spec as spec_lib
 
@@ -82,7 +82,7 @@ def load_model(path: str, dtype: str = "float32") -> Model:
     talks = own or vocabulary.im_start_id is not None
     return Model(
         spec=spec,
-        params=decoder.unstacked(spec, params) if _apart(spec, params) else params,
+        params=decode.laid_out(spec, params) if _apart(spec, params) else params,
         tokenizer=vocabulary,
         template=chat.template_of(vocabulary) if talks else None,
         advised=advised,

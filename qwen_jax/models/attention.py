@@ -170,21 +170,21 @@ def cached(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One layer over new tokens and a cache: (y_btd, what is held with them in).
 
-    `held` has k_bhsk and v_bhsk, and with indexed attention the index's own keys,
+    `held` has k_bhks and v_bhsk, and with indexed attention the index's own keys,
     index_bsi; then `turned` has cos_bsk and sin_bsk of the slots. `segments_bs` already
     has the new tokens' segments; `length` is the slot of the first new token. `chunked`
     has the positions of new tokens and of all slots, where dual chunks make a
     difference.
     """
     q_btnk, k_bthk, v_bthk = project(p, x_btd, cos_btk, sin_btk, spec, rules)
-    new = {"k_bhsk": k_bthk, "v_bhsk": v_bthk}
+    new = {"k_bhks": k_bthk, "v_bhsk": v_bthk}
     if spec.indexed is not None:
         q_btni, new["index_bsi"] = indexed.project(
             p["indexer"], x_btd, cos_btk, sin_btk, spec, rules
         )
     held = _written(held, new, length, rules)
-    slots = held["k_bhsk"], held["v_bhsk"]
-    if indexed.chooses(spec, slots[0].shape[2]):
+    slots = held["k_bhks"], held["v_bhsk"]
+    if indexed.chooses(spec, slots[1].shape[2]):
         out_btnk = indexed.local(spec, rules)(
             *(q_btnk, *slots, q_btni, held["index_bsi"], *turned),
             *(segments_bt, segments_bs, length, p["indexer"]["k_norm_li"]),
@@ -220,10 +220,9 @@ def _written(held, new, length, rules):
 
     def write(held, new, length):
         put = jax.lax.dynamic_update_slice_in_dim
+        turn = {"k_bhks": (0, 2, 3, 1), "v_bhsk": (0, 2, 1, 3), "index_bsi": (0, 1, 2)}
         return {
-            k: put(held[k], x, length, axis=1)
-            if x.ndim == 3
-            else put(held[k], x.transpose(0, 2, 1, 3), length, axis=2)
+            k: put(held[k], x.transpose(turn[k]), length, axis=turn[k].index(1))
             for k, x in new.items()
         }
 
@@ -277,26 +276,23 @@ def merge(p, out_btnk, x_btd, spec, rules):
     return mesh.product(out_btnk, o_nkd, inner=2, out=out)
 
 
-def over_cache(q_btnk, k_bhsk, v_bhsk, seg_bt, seg_bs, length, *, window, block=512):
+def over_cache(q_btnk, k_bhks, v_bhsk, seg_bt, seg_bs, length, *, window, block=512):
     """Attention of new queries over cache slots; query i sits in slot length + i.
 
     Queries go in blocks, so that prefill holds [block, s] scores at a time.
     """
     b, t, n, k = q_btnk.shape
-    h = k_bhsk.shape[1]
+    h = v_bhsk.shape[1]
     wide = jnp.promote_types(q_btnk.dtype, jnp.float32)
     # Window distance counts real tokens, so padding in a row does not stretch it.
     rank_bs = jnp.cumsum(seg_bs > 0, axis=1)
-    slot_s = jnp.arange(k_bhsk.shape[2])
+    slot_s = jnp.arange(v_bhsk.shape[2])
 
     def rows(q_bqhgk, seg_bq, slot_q):
-        # Queries in the order of the keys: otherwise XLA on a CPU writes the new keys
-        # once for the cache and once for this product, and copies all slots to do so.
+        # Turned before and after, the small arrays: XLA on a CPU would turn the slots.
+        q_bhgqk = q_bqhgk.transpose(0, 2, 3, 1, 4)
         scores = jnp.einsum(
-            "bhgqk,bhsk->bhgqs",
-            q_bqhgk.transpose(0, 2, 3, 1, 4),
-            k_bhsk,
-            preferred_element_type=wide,
+            "bhgqk,bhks->bhgqs", q_bhgqk, k_bhks, preferred_element_type=wide
         )
         seen = (slot_q[:, None] >= slot_s[None, :])[None]
         seen = seen & (seg_bq[:, :, None] == seg_bs[:, None, :])
@@ -307,8 +303,8 @@ def over_cache(q_btnk, k_bhsk, v_bhsk, seg_bt, seg_bs, length, *, window, block=
         seen = jnp.broadcast_to(seen[:, None, None], scores.shape)
         p = jax.nn.softmax(jnp.where(seen, scores, blockwise.NEG), axis=-1)
         p = jnp.where(seen, p, 0.0).astype(v_bhsk.dtype)
-        out = jnp.einsum("bhgqs,bhsk->bqhgk", p, v_bhsk, preferred_element_type=wide)
-        return out.astype(q_btnk.dtype)
+        out = jnp.einsum("bhgqs,bhsk->bhgqk", p, v_bhsk, preferred_element_type=wide)
+        return out.transpose(0, 3, 1, 2, 4).astype(q_btnk.dtype)
 
     q = (q_btnk * k**-0.5).reshape(b, t, h, n // h, k)
     slots = length + jnp.arange(t)

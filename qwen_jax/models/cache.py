@@ -33,7 +33,7 @@ from qwen_jax.models import spec as spec_lib
 class Cache:
     """What the layers keep of the tokens seen so far.
 
-    attention: {"k_bhsk", "v_bhsk"} with the attention layers in front, or None; with
+    attention: {"k_bhks", "v_bhsk"} with the attention layers in front, or None; with
       indexed attention also "index_bsi", and then positions_bs of all slots beside it.
     delta: {"s_bnku", "q_bjhk", "k_bjhk", "v_bjnu"}, likewise: see `delta.mix`.
     ngram: {"x_bjrd"}, likewise, and `recent` ids for the layers of n-grams: see
@@ -78,11 +78,13 @@ def init(
     attention, delta = (len(spec.layers_with(k)) for k in ("attention", "delta"))
     keys, states, tail = None, None, jnp.zeros((rows, 0), jnp.int32)
     if attention:
-        # Heads before slots: the order in which products over slots take them.
-        shape = (attention, rows, spec.num_kv_heads, slots, spec.head_width)
+        # As the two products of a step take them, so that no step turns the slots.
+        lead, k = (attention, rows, spec.num_kv_heads), spec.head_width
         layout = rules.pspec("layers", "batch", "kv_heads", None, None)
-        zeros = mesh.reshard(jnp.zeros(shape, dtype), layout)
-        keys = {"k_bhsk": zeros, "v_bhsk": zeros}
+        keys = {
+            "k_bhks": mesh.reshard(jnp.zeros((*lead, k, slots), dtype), layout),
+            "v_bhsk": mesh.reshard(jnp.zeros((*lead, slots, k), dtype), layout),
+        }
     positions = None
     if attention and spec.indexed is not None:
         index = jnp.zeros((attention, rows, slots, spec.indexed.width), dtype)

@@ -33,6 +33,11 @@ from qwen_jax.models import spec as spec_lib
 BUCKET = 64  # prompts are padded to a multiple, so few shapes are compiled
 PIECES = (256, 64, 16)  # a prompt in `stream`: whole pieces, then one that is padded
 FIRST_SLOTS = 256  # of a `Kept`; doubled when they are full
+INNER = {  # weights of `mesh.product`: how many of their dims are summed over
+    "attention": {"q_ldnk": 1, "k_ldhk": 1, "v_ldhk": 1, "gate_ldnk": 1, "o_lnkd": 2},
+    "delta": {"q_ldhk": 1, "k_ldhk": 1, "v_ldnu": 1, "z_ldnu": 1, "o_lnud": 2},
+    "mlp": {"gate_ldf": 1, "up_ldf": 1, "down_lfd": 1},
+}
 CHUNK = 8  # most tokens of one compiled call in `stream`
 
 
@@ -52,7 +57,7 @@ def generate(
 
     Args:
       spec: the model.
-      params: its weights, stacked or `decoder.unstacked`.
+      params: its weights, stacked, or as `laid_out` gives them.
       prompts: ids of each prompt, at least one each.
       max_tokens: most new tokens.
       sampling: for all prompts or for each; None is greedy.
@@ -142,6 +147,28 @@ def check(
         )
 
 
+def laid_out(spec: spec_lib.Spec, params: dict[str, Any]) -> dict[str, Any]:
+    """The weights with layers apart and, on a CPU, matrices as they decode fastest.
+
+    Costs a copy of the weights; for the functions here, with no mesh set.
+    """
+    apart = decoder.unstacked(spec, params)
+    if mesh.active() or jax.default_backend() != "cpu":
+        return apart
+
+    def turned(tree, counts):
+        new = {k: mesh.turned(tree[k], i) for k, i in counts.items() if k in tree}
+        return tree | new
+
+    def layer(p):
+        new = {k: turned(p[k], counts) for k, counts in INNER.items() if k in p}
+        if "shared" in p.get("moe", {}):
+            new["moe"] = p["moe"] | {"shared": turned(p["moe"]["shared"], INNER["mlp"])}
+        return p | new
+
+    return apart | {"layers": [layer(p) for p in apart["layers"]]}
+
+
 def _empty(spec, params, rows, slots, rules=None):
     """A cache whose layers are stacked or apart as those of the weights are."""
     cache = cache_lib.init(spec, rows, slots, rules)
@@ -226,7 +253,34 @@ def _generate(
     new_tb = jnp.zeros((max_tokens, b), jnp.int32).at[0].set(first_b)
     ended_b = _stops(first_b, stop_ids) | (jnp.arange(b) >= asked)
     carry = (jnp.int32(1), first_b, ended_b, new_tb, seen_bv, cache)
-    return jax.lax.while_loop(goes_on, step, carry)[3].T
+    return _while(goes_on, step, carry)[3].T
+
+
+def _while(goes_on, step, carry):
+    """`jax.lax.while_loop` that carries arrays without their dims of one.
+
+    XLA drops such dims from products only: what one row's cache becomes then has one
+    shape for the product and another for the next step, which on a CPU makes two
+    writes of it and two copies of all its slots, an eighth of the time of a step.
+    """
+    if mesh.active():  # arrays that lie on several devices keep their dims
+        return jax.lax.while_loop(goes_on, step, carry)
+    leaves, tree = jax.tree.flatten(carry)
+    shapes = [x.shape for x in leaves]
+
+    def pack(carry):
+        return [jnp.squeeze(x) for x in jax.tree.leaves(carry)]
+
+    def unpack(leaves):
+        whole = [x.reshape(shape) for x, shape in zip(leaves, shapes, strict=True)]
+        return jax.tree.unflatten(tree, whole)
+
+    end = jax.lax.while_loop(
+        lambda leaves: goes_on(unpack(leaves)),
+        lambda leaves: pack(step(unpack(leaves))),
+        pack(carry),
+    )
+    return unpack(end)
 
 
 @dataclasses.dataclass
@@ -259,7 +313,7 @@ def stream(
 
     Args:
       spec: the model.
-      params: its weights, stacked or `decoder.unstacked`.
+      params: its weights, stacked, or as `laid_out` gives them.
       prompt: ids, at least one.
       max_tokens: most new tokens.
       sampling: None is greedy.
@@ -361,7 +415,7 @@ def _cut(cache, slots):
     more = {"positions_bs", "ngram", "recent"}
     stacked = not cache_lib.is_apart(cache)
     whole = cache.attention is not None and all(
-        leaf.ndim - stacked == 4 and leaf.shape[2 + stacked] == cache.slots
+        leaf.ndim - stacked == 4 and cache.slots in leaf.shape[2 + stacked :]
         for leaf in jax.tree.leaves(cache.attention)
     )
     whole = whole and all(getattr(cache, name) is None for name in (*more, "delta"))
@@ -441,5 +495,5 @@ def _several(params, token_b, seen_bv, wishes, cache, done, count, *, spec, stop
 
     new_t = jnp.zeros((CHUNK,), jnp.int32)
     carry = (jnp.int32(0), token_b, new_t, seen_bv, cache)
-    number, _, *rest = jax.lax.while_loop(goes_on, step, carry)
+    number, _, *rest = _while(goes_on, step, carry)
     return number, *rest

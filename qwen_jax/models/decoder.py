@@ -305,12 +305,18 @@ def logits(
     rules = rules or mesh.Rules()
     w_vd = head_vd(spec, params).astype(hidden_btd.dtype)
     w_vd = mesh.reshard(w_vd, rules.gathered("vocab", "embed"))
+    wide = jnp.promote_types(hidden_btd.dtype, jnp.float32)
+    b, t, d = hidden_btd.shape
+    if b * t <= 64 and not mesh.active():  # the faster order on a CPU
+        flat_md = hidden_btd.reshape(b * t, d)
+        y_vm = jnp.einsum("vd,md->vm", w_vd, flat_md, preferred_element_type=wide)
+        return y_vm.T.reshape(b, t, -1)
     return mesh.einsum(
         "btd,vd->btv",
         hidden_btd,
         w_vd,
         out=rules.pspec("batch", None, "vocab"),
-        preferred_element_type=jnp.promote_types(hidden_btd.dtype, jnp.float32),
+        preferred_element_type=wide,
     )
 
 

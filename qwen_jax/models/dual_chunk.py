@@ -126,25 +126,25 @@ def attention(
 def reference(q_brtnk, k_bshk, v_bshk, positions_bt, segments_bt, *, stride):
     """The plain twin: the matrix of the three relations in the open."""
     t = positions_bt.shape[1]
-    k_bhsk, v_bhsk = k_bshk.transpose(0, 2, 1, 3), v_bshk.transpose(0, 2, 1, 3)
+    k_bhks, v_bhsk = k_bshk.transpose(0, 2, 3, 1), v_bshk.transpose(0, 2, 1, 3)
     index = jnp.arange(t)
     seen = (index[:, None] >= index[None, :])[None]
     return over(
-        q_brtnk, k_bhsk, v_bhsk, positions_bt, positions_bt, segments_bt, segments_bt,
+        q_brtnk, k_bhks, v_bhsk, positions_bt, positions_bt, segments_bt, segments_bt,
         seen, stride=stride,
     )  # fmt: skip
 
 
 def over(
-    q_brtnk, k_bhsk, v_bhsk, at_bt, at_bs, segments_bt, segments_bs, seen, *, stride
+    q_brtnk, k_bhks, v_bhsk, at_bt, at_bs, segments_bt, segments_bs, seen, *, stride
 ):
     """Attention of queries at `at_bt` over keys at `at_bs`, where `seen` and of one
     document, with the [t, s] matrix of all three relations."""
     b, r, t, n, k = q_brtnk.shape
-    h = k_bhsk.shape[1]
+    h = v_bhsk.shape[1]
     q = (q_brtnk * k**-0.5).reshape(b, r, t, h, n // h, k)
     scores = jnp.einsum(
-        "brthgk,bhsk->brhgts", q, k_bhsk, preferred_element_type=_wide(q)
+        "brthgk,bhks->brhgts", q, k_bhks, preferred_element_type=_wide(q)
     )
     same = (segments_bt[:, :, None] == segments_bs[:, None, :]) & seen
     same &= (segments_bt > 0)[:, :, None]
@@ -165,7 +165,7 @@ def _relation(at_bt, at_bs, stride):
 
 
 def over_cache(
-    q_brtnk, k_bhsk, v_bhsk, at_bt, at_bs, segments_bt, segments_bs, length, *, stride
+    q_brtnk, k_bhks, v_bhsk, at_bt, at_bs, segments_bt, segments_bs, length, *, stride
 ):
     """New queries over cache slots; query i sits in slot length + i. In blocks of
     queries, so that prefill holds [block, s] scores of each relation at a time."""
@@ -176,7 +176,7 @@ def over_cache(
         slot_q = length + start + jnp.arange(at.shape[1])
         seen = (slot_q[:, None] >= slot_s[None, :])[None]
         return over(
-            q, k_bhsk, v_bhsk, at, at_bs, segments, segments_bs, seen, stride=stride
+            q, k_bhks, v_bhsk, at, at_bs, segments, segments_bs, seen, stride=stride
         )
 
     if t <= block:

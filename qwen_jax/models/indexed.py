@@ -178,7 +178,7 @@ def chosen_slots(q_bqni, slot_q, segments_bq, found: Blocks, spec):
 
 def attend(
     q_btnk,
-    k_bhsk,
+    k_bhks,
     v_bhsk,
     q_btni,
     k_bsi,
@@ -195,7 +195,7 @@ def attend(
     """Attention of one device's rows and heads: out_btnk; query j is in slot length + j
     and its key is among the s slots. `queries` at a time; None chooses."""
     b, t, n, k = q_btnk.shape
-    h, s = k_bhsk.shape[1:3]
+    h, s = v_bhsk.shape[1:3]
     queries = queries or max(8, min(256, PAIRS // s))
     found = jax.lax.stop_gradient(
         blocks(k_bsi, cos_bsk, sin_bsk, segments_bs, norm_i, spec)
@@ -208,17 +208,18 @@ def attend(
         q_bqhgk = (q_bqnk * k**-0.5).reshape(b, -1, h, n // h, k)
         if few:
             slots, seen = chosen_slots(q_bqni, slot_q, segments_bq, found, spec)
-            take = jax.vmap(lambda x_hsk, slots_qs: x_hsk[:, slots_qs])
-            keys, values, dims = take(k_bhsk, slots), take(v_bhsk, slots), "bhqsk"
+            take = jax.vmap(lambda x, slots_qs: jnp.take(x, slots_qs, axis=-1))
+            keys, dims = take(k_bhks, slots), ("bhkqs", "bhqsk")
+            values = jax.vmap(lambda x_hsk, slots_qs: x_hsk[:, slots_qs])(v_bhsk, slots)
         else:
             seen = mask(q_bqni, slot_q, segments_bq, segments_bs, found, spec)
-            keys, values, dims = k_bhsk, v_bhsk, "bhsk"
+            keys, values, dims = k_bhks, v_bhsk, ("bhks", "bhsk")
         wide = {"preferred_element_type": jnp.promote_types(q_bqnk.dtype, jnp.float32)}
-        scores = jnp.einsum(f"bqhgk,{dims}->bhgqs", q_bqhgk, keys, **wide)
+        scores = jnp.einsum(f"bqhgk,{dims[0]}->bhgqs", q_bqhgk, keys, **wide)
         seen = jnp.broadcast_to(seen[:, None, None], scores.shape)
         p = jax.nn.softmax(jnp.where(seen, scores, blockwise.NEG), axis=-1)
         p = jnp.where(seen, p, 0.0).astype(values.dtype)
-        out = jnp.einsum(f"bhgqs,{dims}->bqhgk", p, values, **wide)
+        out = jnp.einsum(f"bhgqs,{dims[1]}->bqhgk", p, values, **wide)
         return out.astype(q_bqnk.dtype).reshape(q_bqnk.shape)
 
     slot_t = length + jnp.arange(t)
@@ -246,9 +247,9 @@ def attention(
         segments_bt = mesh.reshard(jnp.ones(x_btd.shape[:2], jnp.int32), rows)
     q_btni, k_bti = project(p, x_btd, cos_btk, sin_btk, spec, rules)
     run = local(spec, rules)
-    q_btnk, k_bhsk, v_bhsk = qkv[0], *(x.transpose(0, 2, 1, 3) for x in qkv[1:])
+    q_btnk, k_bshk, v_bshk = qkv
     out_btnk = run(
-        *(q_btnk, k_bhsk, v_bhsk),
+        *(q_btnk, k_bshk.transpose(0, 2, 3, 1), v_bshk.transpose(0, 2, 1, 3)),
         q_btni,
         k_bti,
         cos_btk,

@@ -65,9 +65,8 @@ def test_new_queries_over_a_cache(window, block):
     rows = segments([128], [30, 98])
     want = oracle.attention(q, k, v, rows, window)[:, -70:]
     spare = [(0, 0), (0, 20), (0, 0), (0, 0)]
-    keys, values = (
-        jnp.pad(x, spare, constant_values=7.0).transpose(0, 2, 1, 3) for x in (k, v)
-    )
+    keys, values = (jnp.pad(x, spare, constant_values=7.0) for x in (k, v))
+    keys, values = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
     slots = jnp.pad(jnp.asarray(rows), [(0, 0), (0, 20)])
     got = attention.over_cache(
         q[:, -70:],

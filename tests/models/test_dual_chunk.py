@@ -196,6 +196,7 @@ def test_long_prefill_in_blocks_of_queries():
     t, s = 300, 310
     q = jnp.asarray(draw.standard_normal((1, 3, t, 4, 8)), jnp.float32)
     k, v = (jnp.asarray(draw.standard_normal((1, 2, s, 8)), jnp.float32) for _ in "kv")
+    k = k.swapaxes(2, 3)
     at = jnp.arange(s)[None]
     segments = jnp.where(at < t + 5, 1, 0)
     got = dual_chunk.over_cache(

@@ -15,7 +15,7 @@ import pytest
 
 from qwen_jax import mesh, models, params
 from qwen_jax.models import cache as cache_lib
-from qwen_jax.models import decoder
+from qwen_jax.models import decode, decoder
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.train import step
 
@@ -198,11 +198,16 @@ def test_micro_batches_count_what_was_seen_so_far():
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
 
 
-LISTED = pytest.param(True, marks=pytest.mark.slow)
+def cached_cases():
+    """Every family, its layers stacked and each by itself."""
+    for name in SPECS:
+        yield pytest.param(name, False, id=f"{name}, stacked")
+        often = name == "hybrid moe"
+        marks = () if often else pytest.mark.slow
+        yield pytest.param(name, True, id=f"{name}, a list of layers", marks=marks)
 
 
-@pytest.mark.parametrize("listed", [False, LISTED], ids=["stacked", "a list of layers"])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("name", "listed"), list(cached_cases()))
 def test_cached_decoding_is_the_full_forward(name, listed):
     """Left and right padding, a prefill in two parts, then one token at a time."""
     spec, tree = SPECS[name], weights(name)
@@ -212,7 +217,7 @@ def test_cached_decoding_is_the_full_forward(name, listed):
     wanted = [
         models.forward(spec, tree, tokens[b : b + 1, real[b] > 0])[0] for b in range(B)
     ]
-    held = decoder.unstacked(spec, tree) if listed else tree
+    held = decode.laid_out(spec, tree) if listed else tree
     cache = cache_lib.init(spec, B, T)
     cache = cache_lib.apart(cache) if listed else cache
     run = jax.jit(lambda p, x, c, s: models.forward(spec, p, x, cache=c, segments=s))

@@ -412,7 +412,7 @@ def test_chosen_slots_are_those_chosen_by_hand():
     query, keys, values = heads[0], heads[1, :, :, :2], heads[2, :, :, :2]
     run = jax.jit(indexed.attend, static_argnames=("spec", "queries"))
     slots, how = (cos, sin), {"spec": spec, "queries": 8}
-    held = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+    held = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
     out = run(*(query, *held, q, k, *slots, segments, segments, 0, weight), **how)
     one = [x[:, -3:-2] for x in (query, q, segments)]
     alone = run(
@@ -432,7 +432,7 @@ def test_memory_is_linear_in_the_length():
     spec = spec_lib.Spec(indexed=spec_lib.Indexed(2, 8, 64, 4), head_width=8)
 
     def reserved(t):
-        shapes = [(1, t, 4, 8), (1, 2, t, 8), (1, 2, t, 8), (1, t, 2, 8), (1, t, 8)]
+        shapes = [(1, t, 4, 8), (1, 2, 8, t), (1, 2, t, 8), (1, t, 2, 8), (1, t, 8)]
         shapes += [(1, t, 4)] * 2
         floats = [jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes]
         rows = [jax.ShapeDtypeStruct((1, t), jnp.int32)] * 2

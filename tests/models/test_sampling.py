@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import config, models
-from qwen_jax.models import decode, decoder, sampling
+from qwen_jax.models import decode, sampling
 from qwen_jax.models import spec as spec_lib
 
 VOCAB = 500
@@ -237,7 +237,7 @@ def model(request):
     """A spec and its weights, whose layers are stacked or each by itself."""
     spec = HYBRID if "hybrid" in request.param else SPEC
     params = models.init(spec, 0)
-    return spec, decoder.unstacked(spec, params) if "apart" in request.param else params
+    return spec, decode.laid_out(spec, params) if "apart" in request.param else params
 
 
 def test_a_penalty_counts_prompt_and_answer():

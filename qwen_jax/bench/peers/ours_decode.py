@@ -3,8 +3,8 @@
 
 Options: new_tokens, threads. Shapes: prompts [rows, tokens] of random ids; one "step"
 is one call: prefill, then new_tokens tokens a row.
-Invariants: no end id, so every row makes all its tokens; layers apart (`unstacked`), as
-`qwen-jax generate` has them.
+Invariants: no end id, so every row makes all its tokens; weights as `decode.laid_out`
+has them, as in `qwen-jax generate`.
 Raises: through line.serve.
 """
 
@@ -19,10 +19,10 @@ def build(shape: dict, options: dict):
     import jax
 
     from qwen_jax import models
-    from qwen_jax.models import decode, decoder
+    from qwen_jax.models import decode
 
     spec = ours_train.make_spec(shape, options)
-    params = decoder.unstacked(spec, models.init(spec))
+    params = decode.laid_out(spec, models.init(spec))
     prompts = line.batch(shape)[0].tolist()
 
     def steps(n):
@@ -36,7 +36,7 @@ def build(shape: dict, options: dict):
         "params": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "tokens_per_step": sum(steps(1)),
         "versions": f"qwen_jax, jax {jax.__version__}",
-        "setting": "one jitted call, layers unrolled",
+        "setting": "one jitted call, layers unrolled, matrices turned",
     }
     return facts, steps
 
