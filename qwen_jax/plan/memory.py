@@ -175,6 +175,12 @@ def _feed_forward(
     moe, width = spec.moe, spec.width * size
     shared = moe.shared_width * size // ways
     picked = moe.experts_per_token * (6 * moe.ffn_width * size // ways + 3 * width)
+    around = _ways(rules.experts, sizes)
+    if moe.exchange == "gather":
+        # Every device has the rows of its whole group, those of others' experts, too.
+        picked = around * picked + (2 * width * around if around > 1 else 0)
+    elif around > 1:
+        picked = int(moe.capacity_factor * picked)
     each = {"mlp_gate": shared, "mlp_up": shared, "experts": width}
     return each, 6 * shared + picked + 4 * moe.num_experts * 4
 

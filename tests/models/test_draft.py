@@ -62,7 +62,10 @@ def weights(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name == "qwen3_next" else ())
+        pytest.param(
+            name,
+            marks=pytest.mark.slow if name in ("qwen3_next", "qwen3_5_moe") else (),
+        )
         for name in SPECS
     ],
 )

@@ -7,6 +7,7 @@ rounding of float32 up to 5e-4 of a gradient.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -133,16 +134,37 @@ def close(found, wanted, **more):
         )
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("name", SPECS)
-def test_gradients_on_meshes(name, sizes):
-    grads, sums = gradients(SPECS[name], name, sizes)
+def every_day(cases, *daily):
+    """Cases; all but some are for slow runs: they add little and are long in sum."""
+    slow = pytest.mark.slow
+    return [
+        pytest.param(
+            *case, id=", ".join(map(str, case)), marks=() if case in daily else slow
+        )
+        for case in cases
+    ]
+
+
+ON_MESHES = every_day(
+    list(itertools.product(SPECS, MESHES)),
+    *((name, "fsdp 2, tensor 2, expert 2") for name in SPECS),
+    ("moe", "data 2, expert 4"),
+    ("hybrid", "tensor 4"),
+    ("hybrid", "fsdp 8"),
+)
+
+
+@pytest.mark.parametrize(("name", "layout"), ON_MESHES)
+def test_gradients_on_meshes(name, layout):
+    grads, sums = gradients(SPECS[name], name, MESHES[layout])
     wanted, told = alone(name)
     close(sums, told)
     close(grads, wanted)
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1, 4), (1, 2, 2, 2)])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((2, 1, 1, 4), marks=pytest.mark.slow), (1, 2, 2, 2)]
+)
 def test_tokens_sent_to_experts_are_those_gathered(sizes):
     spec = SPECS["moe"]
     moe = dataclasses.replace(spec.moe, exchange="all_to_all", capacity_factor=8.0)
@@ -161,11 +183,14 @@ def test_what_does_not_fit_on_the_way_is_counted():
     np.testing.assert_array_equal(sums["routed"], alone("moe")[1]["routed"])
 
 
-UNROLLED = pytest.param("unroll", marks=pytest.mark.slow)
+LOOPS = every_day(
+    list(itertools.product(SPECS, ["scan", "unroll"])),
+    ("moe", "scan"),
+    ("hybrid", "scan"),
+)
 
 
-@pytest.mark.parametrize("loop", ["scan", UNROLLED])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("name", "loop"), LOOPS)
 def test_loops_and_remat_change_nothing(name, loop):
     for remat in ("none", "dots", "full"):
         grads, sums = gradients(SPECS[name], name, (1, 1, 1, 1), loop=loop, remat=remat)
@@ -198,17 +223,16 @@ def test_micro_batches_count_what_was_seen_so_far():
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
 
 
-def cached_cases():
-    """Every family, its layers stacked and each by itself."""
-    for name in SPECS:
-        yield pytest.param(name, False, id=f"{name}, stacked")
-        often = name == "hybrid moe"
-        marks = () if often else pytest.mark.slow
-        yield pytest.param(name, True, id=f"{name}, a list of layers", marks=marks)
+CACHED = every_day(
+    list(itertools.product(SPECS, ["stacked", "a list of layers"])),
+    ("moe", "stacked"),
+    ("hybrid moe", "a list of layers"),
+    ("streams", "stacked"),
+)
 
 
-@pytest.mark.parametrize(("name", "listed"), list(cached_cases()))
-def test_cached_decoding_is_the_full_forward(name, listed):
+@pytest.mark.parametrize(("name", "form"), CACHED)
+def test_cached_decoding_is_the_full_forward(name, form):
     """Left and right padding, a prefill in two parts, then one token at a time."""
     spec, tree = SPECS[name], weights(name)
     tokens, _ = rows(3)
@@ -217,6 +241,7 @@ def test_cached_decoding_is_the_full_forward(name, listed):
     wanted = [
         models.forward(spec, tree, tokens[b : b + 1, real[b] > 0])[0] for b in range(B)
     ]
+    listed = form != "stacked"
     held = decode.laid_out(spec, tree) if listed else tree
     cache = cache_lib.init(spec, B, T)
     cache = cache_lib.apart(cache) if listed else cache

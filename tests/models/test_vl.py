@@ -282,7 +282,9 @@ def plain(name):
     return params, *value_and_grad(spec, params, ids, together)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl"]
+)
 def test_a_mesh_gives_the_same_numbers_and_gradients(name):
     spec = tiny(name)
     ids, together, apart = example(spec)
