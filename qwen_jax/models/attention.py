@@ -6,6 +6,7 @@ head before RoPE as in Qwen3.
 
 From Qwen3-Next on, an output gate: heads * sigmoid(x Wgate), one number for each.
 With `spec.indexed`, rows that are long enough see chosen keys only: see `indexed.py`.
+With a cache, layers that have a window keep no more than that: see `ring.py`.
 
 Shapes: x_btd -> y_btd. Weights q_ldnk, k_ldhk, v_ldhk, o_lnkd, biases q_bias_lnk,
 k_bias_lhk, v_bias_lhk, norms q_norm_lk, k_norm_lk, stacked by layer.
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax import config, mesh
-from qwen_jax.models import dual_chunk, indexed, norm, rope
+from qwen_jax.models import dual_chunk, indexed, norm, ring, rope
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.models.kernels import blockwise
 from qwen_jax.params import Param, normal, ones, zeros
@@ -164,11 +165,11 @@ def cached(
     *,
     spec: spec_lib.Spec,
     rules: mesh.Rules,
-    window: int,
     chunked: tuple[jax.Array, jax.Array] | None = None,
     turned: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One layer over new tokens and a cache: (y_btd, what is held with them in).
+    """One layer without a window over new tokens and a cache: (y_btd, what is held with
+    them in).
 
     `held` has k_bhks and v_bhsk, and with indexed attention the index's own keys,
     index_bsi; then `turned` has cos_bsk and sin_bsk of the slots. `segments_bs` already
@@ -193,14 +194,14 @@ def cached(
     heads = queries = rules.pspec("batch", None, "heads", None)
     kv_heads = rules.pspec("batch", "kv_heads", None, None)
     rows = rules.pspec("batch", None)
-    over = functools.partial(over_cache, window=window)
+    run = over_cache
     if chunked is not None:
-        over = functools.partial(dual_chunk.over_cache, stride=spec.dual_chunk.stride)
+        run = functools.partial(dual_chunk.over_cache, stride=spec.dual_chunk.stride)
         q_btnk = dual_chunk.turned(spec, q_btnk, chunked[0])
         queries = rules.pspec("batch", None, None, "heads", None)
     places = chunked or ()
     run = mesh.local(
-        over,
+        run,
         inputs=(
             *(queries, kv_heads, kv_heads, *(rows for _ in places)),
             *(rows, rows, jax.P()),
@@ -209,6 +210,59 @@ def cached(
     )
     out_btnk = run(q_btnk, *slots, *places, segments_bt, segments_bs, length)
     return merge(p, out_btnk, x_btd, spec, rules), held
+
+
+def cached_in_window(
+    p: dict[str, jax.Array],
+    x_btd: jax.Array,
+    cos_btk: jax.Array,
+    sin_btk: jax.Array,
+    held: dict[str, jax.Array],
+    segments_bt: jax.Array,
+    places: ring.Places,
+    *,
+    spec: spec_lib.Spec,
+    rules: mesh.Rules,
+    window: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One layer with a window over new tokens and its ring: (y_btd, the ring with them
+    in). `places`: see `ring.py`."""
+    q_btnk, k_bthk, v_bthk = project(p, x_btd, cos_btk, sin_btk, spec, rules)
+    new = {"k_bhks": k_bthk, "v_bhsk": v_bthk}
+    rows, heads = rules.pspec("batch", None), rules.pspec("batch", None, "heads", None)
+    lies = dict.fromkeys(new, rules.pspec("batch", "kv_heads", None, None))
+    come = dict.fromkeys(new, rules.pspec("batch", None, "kv_heads", None))
+    run = mesh.local(
+        functools.partial(over_ring, window=window),
+        inputs=(heads, come, lies, rows, ring.Places(*(rows for _ in places))),
+        out=(heads, lies),
+    )
+    out_btnk, held = run(q_btnk, new, held, segments_bt, places)
+    return merge(p, out_btnk, x_btd, spec, rules), held
+
+
+def over_ring(q_btnk, new, held, seg_bt, places, *, window, block=512):
+    """Attention of new queries over a ring and their own keys: (out_btnk, the ring with
+    these in)."""
+    after = ring.put(held, new, places.slot_bt)
+    if q_btnk.shape[1] == 1 or held["v_bhsk"].shape[2] < window:
+        # No query wants what the new tokens take the place of: one token takes that of
+        # the one w before it, and a ring below the window goes round never.
+        k_bhks, v_bhsk = after["k_bhks"], after["v_bhsk"]
+        seg_bs, rank_bs = places.segments_bw, places.rank_bw
+    else:
+        keys = held["k_bhks"], new["k_bhks"].transpose(0, 2, 3, 1)
+        values = held["v_bhsk"], new["v_bhsk"].transpose(0, 2, 1, 3)
+        k_bhks = jnp.concatenate(keys, axis=3)
+        v_bhsk = jnp.concatenate(values, axis=2)
+        seg_bs = jnp.concatenate([places.held_segments_bw, seg_bt], axis=1)
+        rank_bs = jnp.concatenate([places.held_rank_bw, places.rank_bt], axis=1)
+    out_btnk = over(
+        *(q_btnk, k_bhks, v_bhsk, seg_bt, seg_bs, places.rank_bt, rank_bs),
+        window=window,
+        block=block,
+    )
+    return out_btnk, after
 
 
 def _written(held, new, length, rules):
@@ -276,30 +330,35 @@ def merge(p, out_btnk, x_btd, spec, rules):
     return mesh.product(out_btnk, o_nkd, inner=2, out=out)
 
 
-def over_cache(q_btnk, k_bhks, v_bhsk, seg_bt, seg_bs, length, *, window, block=512):
-    """Attention of new queries over cache slots; query i sits in slot length + i.
+def over_cache(q_btnk, k_bhks, v_bhsk, seg_bt, seg_bs, length, *, block=512):
+    """Attention of new queries over cache slots; query i sits in slot length + i."""
+    at_1t = length + jnp.arange(q_btnk.shape[1])[None]
+    at_1s = jnp.arange(v_bhsk.shape[2])[None]
+    return over(q_btnk, k_bhks, v_bhsk, seg_bt, seg_bs, at_1t, at_1s, block=block)
+
+
+def over(q_btnk, k_bhks, v_bhsk, seg_bt, seg_bs, at_bt, at_bs, *, window=0, block=512):
+    """Attention of queries at `at_bt` over keys of their own segment at `at_bs`, no
+    later, and less than `window` before where there is one; places of one row hold for
+    all. Those with windows count real tokens, so padding does not stretch them.
 
     Queries go in blocks, so that prefill holds [block, s] scores at a time.
     """
     b, t, n, k = q_btnk.shape
     h = v_bhsk.shape[1]
     wide = jnp.promote_types(q_btnk.dtype, jnp.float32)
-    # Window distance counts real tokens, so padding in a row does not stretch it.
-    rank_bs = jnp.cumsum(seg_bs > 0, axis=1)
-    slot_s = jnp.arange(v_bhsk.shape[2])
 
-    def rows(q_bqhgk, seg_bq, slot_q):
+    def rows(q_bqhgk, seg_bq, at_bq):
         # Turned before and after, the small arrays: XLA on a CPU would turn the slots.
         q_bhgqk = q_bqhgk.transpose(0, 2, 3, 1, 4)
         scores = jnp.einsum(
             "bhgqk,bhks->bhgqs", q_bhgqk, k_bhks, preferred_element_type=wide
         )
-        seen = (slot_q[:, None] >= slot_s[None, :])[None]
+        seen = at_bq[:, :, None] >= at_bs[:, None, :]
+        if window:
+            seen = seen & (at_bq[:, :, None] - at_bs[:, None, :] < window)
         seen = seen & (seg_bq[:, :, None] == seg_bs[:, None, :])
         seen = seen & (seg_bq > 0)[:, :, None]
-        if window:
-            rank_bq = jnp.take(rank_bs, jnp.minimum(slot_q, len(slot_s) - 1), axis=1)
-            seen = seen & (rank_bq[:, :, None] - rank_bs[:, None, :] < window)
         seen = jnp.broadcast_to(seen[:, None, None], scores.shape)
         p = jax.nn.softmax(jnp.where(seen, scores, blockwise.NEG), axis=-1)
         p = jnp.where(seen, p, 0.0).astype(v_bhsk.dtype)
@@ -307,22 +366,18 @@ def over_cache(q_btnk, k_bhks, v_bhsk, seg_bt, seg_bs, length, *, window, block=
         return out.transpose(0, 3, 1, 2, 4).astype(q_btnk.dtype)
 
     q = (q_btnk * k**-0.5).reshape(b, t, h, n // h, k)
-    slots = length + jnp.arange(t)
     if t <= block:
-        return rows(q, seg_bt, slots).reshape(b, t, n, k)
+        return rows(q, seg_bt, at_bt).reshape(b, t, n, k)
     blocks = -(-t // block)
-    rest = blocks * block - t
-    q = jnp.pad(q, [(0, 0), (0, rest), (0, 0), (0, 0), (0, 0)])
-    seg = jnp.pad(seg_bt, [(0, 0), (0, rest)])
-    slots = jnp.pad(slots, [(0, rest)])
+    rest = [(0, 0), (0, blocks * block - t)]
+    q = jnp.pad(q, [*rest, (0, 0), (0, 0), (0, 0)])
+    seg_bt, at_bt = jnp.pad(seg_bt, rest), jnp.pad(at_bt, rest)
 
     def one(i):
-        cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=block)
-        return rows(
-            cut(q, i * block, axis=1),
-            cut(seg, i * block, axis=1),
-            cut(slots, i * block),
+        cut = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=i * block, slice_size=block
         )
+        return rows(*(cut(x, axis=1) for x in (q, seg_bt, at_bt)))
 
     out = jax.lax.map(one, jnp.arange(blocks))
     out = jnp.moveaxis(out, 0, 1).reshape(b, blocks * block, n, k)

@@ -26,6 +26,7 @@ from flax import struct
 from qwen_jax import config, mesh
 from qwen_jax.models import delta as delta_lib
 from qwen_jax.models import ngram as ngram_lib
+from qwen_jax.models import ring as ring_lib
 from qwen_jax.models import spec as spec_lib
 
 
@@ -33,8 +34,12 @@ from qwen_jax.models import spec as spec_lib
 class Cache:
     """What the layers keep of the tokens seen so far.
 
-    attention: {"k_bhks", "v_bhsk"} with the attention layers in front, or None; with
-      indexed attention also "index_bsi", and then positions_bs of all slots beside it.
+    attention: {"k_bhks", "v_bhsk"} with those attention layers in front that see
+      everything, or None; with indexed attention also "index_bsi", and then
+      positions_bs of all slots beside it.
+    ring: {"k_bhks", "v_bhsk"} of the layers that have a window, or None, with the last
+      min(window, slots) real tokens of each row, whose segments are ring_segments_bw:
+      see `ring.py`.
     delta: {"s_bnku", "q_bjhk", "k_bjhk", "v_bjnu"}, likewise: see `delta.mix`.
     ngram: {"x_bjrd"}, likewise, and `recent` ids for the layers of n-grams: see
       `ngram.py`.
@@ -51,6 +56,8 @@ class Cache:
     positions_bs: jax.Array | None = None
     ngram: dict[str, jax.Array] | None = None
     recent: dict[str, jax.Array] | None = None
+    ring: dict[str, jax.Array] | None = None
+    ring_segments_bw: jax.Array | None = None
 
     @property
     def slots(self) -> int:
@@ -75,7 +82,8 @@ def init(
         )
     rules = rules or mesh.Rules()
     dtype = jnp.dtype(spec.compute_dtype)
-    attention, delta = (len(spec.layers_with(k)) for k in ("attention", "delta"))
+    counts = {stack: len(layers) for stack, layers in owners(spec).items()}
+    attention, delta = (counts.get(k, 0) for k in ("attention", "delta"))
     keys, states, tail = None, None, jnp.zeros((rows, 0), jnp.int32)
     if attention:
         # As the two products of a step take them, so that no step turns the slots.
@@ -101,6 +109,11 @@ def init(
     if delta:
         states = delta_lib.fresh(spec, rows, dtype, rules, delta)
         tail = states.pop("segments_bj")[0]  # the same in every layer
+    ring, ring_segments_bw = None, None
+    if "ring" in counts:
+        ring, ring_segments_bw = ring_lib.fresh(
+            spec, rows, slots, dtype, rules, counts["ring"]
+        )
     layout = rules.pspec("batch", None)
     return Cache(
         attention=keys,
@@ -112,10 +125,27 @@ def init(
         positions_bs=positions,
         ngram=grams,
         recent=recent,
+        ring=ring,
+        ring_segments_bw=ring_segments_bw,
     )
 
 
-STACKS = ("attention", "delta", "ngram")
+STACKS = ("attention", "ring", "delta", "ngram")
+
+
+def stacks(kind: spec_lib.Kind) -> tuple[str, ...]:
+    """The stacks of a cache that a layer of this kind has a part in."""
+    own = "ring" if kind.window else kind.mixer
+    return (own, "ngram") if kind.ngram else (own,)
+
+
+def owners(spec: spec_lib.Spec) -> dict[str, tuple[int, ...]]:
+    """The layers whose parts each stack holds, in its order."""
+    named = {
+        k: tuple(i for i, kind in enumerate(spec.kinds) if k in stacks(kind))
+        for k in STACKS
+    }
+    return {k: layers for k, layers in named.items() if layers}
 
 
 def is_apart(cache: Cache) -> bool:

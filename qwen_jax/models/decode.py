@@ -408,13 +408,14 @@ def _go_back(spec, kept, prompt):
 
 def _cut(cache, slots):
     """The cache with its first slots alone; None where more than slots remembers: a
-    recurrent state, a ring, anything that is not known here."""
+    recurrent state, a ring that has been full, anything that is not known here."""
     fields = {field.name for field in dataclasses.fields(cache)}
     known = {"attention", "delta", "segments_bs", "tail_segments_bj", "length"}
+    known |= {"ring", "ring_segments_bw"}
     known |= {"offset_b"}  # nothing without images, which `stream` does not take
     more = {"positions_bs", "ngram", "recent"}
     stacked = not cache_lib.is_apart(cache)
-    whole = cache.attention is not None and all(
+    whole = all(
         leaf.ndim - stacked == 4 and cache.slots in leaf.shape[2 + stacked :]
         for leaf in jax.tree.leaves(cache.attention)
     )
@@ -424,7 +425,17 @@ def _cut(cache, slots):
     left_bs = jnp.where(
         jnp.arange(cache.slots)[None] < slots, cache.segments_bs, jnp.int32(0)
     )
-    return cache.replace(segments_bs=left_bs, length=jnp.int32(slots))
+    ring_bw = cache.ring_segments_bw
+    if ring_bw is not None:
+        # Until it is full, a ring has the tokens of a row in order from slot 0 on.
+        w = ring_bw.shape[1]
+        if int(jnp.max(jnp.sum(cache.segments_bs > 0, axis=1))) >= w:
+            return None
+        count_b1 = jnp.sum(left_bs > 0, axis=1, keepdims=True)
+        ring_bw = jnp.where(jnp.arange(w)[None] < count_b1, ring_bw, jnp.int32(0))
+    return cache.replace(
+        segments_bs=left_bs, length=jnp.int32(slots), ring_segments_bw=ring_bw
+    )
 
 
 def _make_room(spec, params, kept, count):
@@ -443,7 +454,8 @@ def _make_room(spec, params, kept, count):
 
 @functools.partial(jax.jit, donate_argnums=1)
 def _moved(old, fresh):
-    """`fresh`, which has more slots, with the content of `old`."""
+    """`fresh`, which has more slots, with the content of `old`; what has as many as it
+    had (a ring as wide as its window) goes over as it is."""
 
     def one(old, new):
         if old.shape == new.shape:

@@ -38,6 +38,7 @@ from qwen_jax.models import mlp as mlp_lib
 from qwen_jax.models import moe as moe_lib
 from qwen_jax.models import ngram as ngram_lib
 from qwen_jax.models import places, streams, stretches, vision, vl
+from qwen_jax.models import ring as ring_lib
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.params import Param, normal, zeros
 
@@ -414,6 +415,10 @@ def hidden_cached(
     slots_bs = cache_lib.put(cache.segments_bs, segments, cache.length, rules)
     angles, chunked = places.of_cache(spec, cache, positions, segments, slots_bs, rules)
     positions_bs, turned = places.of_slots(spec, cache, positions, segments, rules)
+    ring = None
+    if cache.ring is not None:
+        old = cache.ring_segments_bw, cache.segments_bs
+        ring = ring_lib.places(*old, segments, rules)
     layer = functools.partial(
         cached_layer,
         angles=angles,
@@ -424,6 +429,7 @@ def hidden_cached(
         spec=spec,
         rules=rules,
         chunked=chunked,
+        ring=ring,
         keep=keep,
     )
     deep = 0 if deep_lbtd is None else len(deep_lbtd)
@@ -447,6 +453,8 @@ def hidden_cached(
         positions_bs,
         held.get("ngram"),
         ngram_lib.recent_after(cache.recent, tokens_bt, segments, rules),
+        held.get("ring"),
+        None if ring is None else ring.segments_bw,
     )
     return streams.end(params, x, spec, rules), cache
 
@@ -465,6 +473,7 @@ def cached_layer(
     rules,
     chunked,
     turned=None,
+    ring=None,
     keep=False,
 ):
     """One block over new tokens: (the residual, what each stack of it holds then)."""
@@ -480,6 +489,18 @@ def cached_layer(
         y_btd, new["delta"] = delta_lib.mix(
             p["delta"], y_btd, segments, state, spec=spec, rules=rules, keep=keep
         )
+    elif kind.window:
+        y_btd, new["ring"] = attn.cached_in_window(
+            p["attention"],
+            y_btd,
+            *angles,
+            held["ring"],
+            segments,
+            ring,
+            spec=spec,
+            rules=rules,
+            window=kind.window,
+        )
     else:
         y_btd, new["attention"] = attn.cached(
             p["attention"],
@@ -491,7 +512,6 @@ def cached_layer(
             cache.length,
             spec=spec,
             rules=rules,
-            window=kind.window,
             chunked=chunked,
             turned=turned,
         )
@@ -505,7 +525,7 @@ def _each_cached(layer, layers, kinds, x, cache):
     parts = cache_lib.apart(cache)
     new = {k: [] for k in cache_lib.STACKS if getattr(parts, k) is not None}
     for kind, p in zip(kinds, layers, strict=True):
-        mine = [k for k in spec_lib.stacks(kind) if k in new]
+        mine = cache_lib.stacks(kind)
         held = {k: getattr(parts, k)[len(new[k])] for k in mine}
         x, held = layer(p, x, held, kind)
         for k in mine:
@@ -520,9 +540,10 @@ def _scan_cached(layer, every, spec, deep, x, cache):
     stacks = cache_lib.together(cache)
     stacks = {k: getattr(stacks, k) for k in cache_lib.STACKS}
     stacks = {k: v for k, v in stacks.items() if v is not None}
-    owners, news = stretches.owners(spec, deep), {k: [] for k in stacks}
+    owners, own = stretches.owners(spec, deep), cache_lib.owners(spec)
+    news = {k: [] for k in stacks}
     for stretch in stretches.stretches(stretches.kinds(spec, deep)):
-        held = stretches.repeats_of(stacks, stretch, {k: owners[k] for k in stacks})
+        held = stretches.repeats_of(stacks, stretch, own)
         layers = stretches.repeats_of(every, stretch, owners)
         x, parts = _scan_stretch(layer, stretch, layers, x, held)
         for stack, part in parts.items():
@@ -532,7 +553,7 @@ def _scan_cached(layer, every, spec, deep, x, cache):
         for k, v in news.items()
     }
     if cache_lib.is_apart(cache):
-        new = {k: stretches.layers_of(v, len(owners[k])) for k, v in new.items()}
+        new = {k: stretches.layers_of(v, len(own[k])) for k, v in new.items()}
     return x, new
 
 
@@ -546,7 +567,7 @@ def _scan_stretch(layer, stretch, layers, x, held):
             stretch.kinds, stretches.layers_in(layers, stretch), strict=True
         ):
             mine = {}
-            for k in [k for k in spec_lib.stacks(kind) if k in held]:
+            for k in cache_lib.stacks(kind):
                 mine[k] = jax.tree.map(lambda x, i=used[k]: x[i], held[k])
                 used[k] += 1
             x, mine = layer(p, x, mine, kind)

@@ -20,8 +20,8 @@ fewer than another has padding in between.
 Shapes: prompts are lists of ids; the result is a `Drafted`.
 Invariants: a row has at least one new token a step, so there are at most max_tokens
 steps; a cache has room for the most that rows can differ.
-Raises: config.InputError for a model without an MTP head, draft_tokens below 1, and
-what `decode.generate` refuses.
+Raises: config.InputError for a model without an MTP head or with windows, draft_tokens
+below 1, and what `decode.generate` refuses.
 """
 
 import dataclasses
@@ -82,6 +82,12 @@ def generate(
         raise config.InputError(
             "this model has no MTP head to draft with (mtp_layers=0): use "
             "decode.generate"
+        )
+    if any(kind.window for kind in spec.kinds):
+        raise config.InputError(
+            f"window={spec.window} with drafts: the cache of a layer with a window has "
+            "lost what refused drafts took the place of; use decode.generate, or set "
+            "window=0 if the model is without"
         )
     if draft_tokens < 1:
         raise config.InputError(f"draft_tokens={draft_tokens}: wanted at least 1")

@@ -111,22 +111,32 @@ def train_per_token(
 
 def kv_bytes_per_token(spec: spec_lib.Spec, itemsize: int = 2) -> int:
     """Bytes of keys and values one token keeps in a cache, and of its key in an index
-    where the model has one."""
-    layers = len(spec.layers_with("attention"))
+    where the model has one. Layers with a window are not counted: they keep no more
+    than the window, see `state_bytes`."""
+    layers = len(_attending(spec, window=False))
     index = spec.indexed.width if spec.indexed is not None else 0
     return layers * (2 * spec.num_kv_heads * spec.head_width + index) * itemsize
 
 
+def _attending(spec: spec_lib.Spec, *, window: bool) -> list[spec_lib.Kind]:
+    """The layers of attention with a window, or those without."""
+    attending = [kind for kind in spec.kinds if kind.mixer == "attention"]
+    return [kind for kind in attending if bool(kind.window) == window]
+
+
 def state_bytes(spec: spec_lib.Spec, itemsize: int = 2) -> int:
     """Bytes that the linear layers keep of a row, however long it is: float32 matrices
-    and the convolution's last inputs; and those of convolutions over n-grams."""
-    delta, grams = spec.delta, 0
+    and the convolution's last inputs; those of convolutions over n-grams; and the keys
+    and values of layers with a window, of rows that are longer than that."""
+    delta = spec.delta
+    seen = sum(kind.window for kind in _attending(spec, window=True))
+    kept = seen * 2 * spec.num_kv_heads * spec.head_width * itemsize
     if spec.ngram is not None:
         width = spec.streams.count * spec.width * itemsize
-        grams = len(spec.ngram.layers) * ngram.reach(spec.ngram) * width
+        kept += len(spec.ngram.layers) * ngram.reach(spec.ngram) * width
     if delta is None:
-        return grams
+        return kept
     keys, values = delta.key_heads * delta.key_width, delta.value_heads
     matrices = 4 * values * delta.key_width * delta.value_width
     tails = (delta.conv_taps - 1) * (2 * keys + values * delta.value_width) * itemsize
-    return len(spec.layers_with("delta")) * (matrices + tails) + grams
+    return len(spec.layers_with("delta")) * (matrices + tails) + kept

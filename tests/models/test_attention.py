@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import config
-from qwen_jax.models import attention, sizes
+from qwen_jax import config, mesh
+from qwen_jax.models import attention, ring, sizes
 from tests.oracles import attention as oracle
 
 T = 128
@@ -57,13 +57,12 @@ def test_splash_names_the_rows_it_can_take():
         attention._splash(q, k, v, window=0, interpret=True)
 
 
-@pytest.mark.parametrize("window", [0, 24])
 @pytest.mark.parametrize("block", [32, 512])
-def test_new_queries_over_a_cache(window, block):
+def test_new_queries_over_a_cache(block):
     """The last 70 tokens of a row against a cache with slots to spare."""
     q, k, v, _ = inputs(k=16)
     rows = segments([128], [30, 98])
-    want = oracle.attention(q, k, v, rows, window)[:, -70:]
+    want = oracle.attention(q, k, v, rows)[:, -70:]
     spare = [(0, 0), (0, 20), (0, 0), (0, 0)]
     keys, values = (jnp.pad(x, spare, constant_values=7.0) for x in (k, v))
     keys, values = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
@@ -75,10 +74,35 @@ def test_new_queries_over_a_cache(window, block):
         jnp.asarray(rows)[:, -70:],
         slots,
         jnp.int32(T - 70),
-        window=window,
         block=block,
     )
     np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [24, 58])
+@pytest.mark.parametrize("block", [32, 512])
+def test_new_queries_over_a_ring(window, block):
+    """The last 70 tokens of a row against the `window` tokens before them."""
+    q, k, v, _ = inputs(k=16)
+    rows = jnp.asarray(segments([128], [30, 98]))
+    want = oracle.attention(q, k, v, rows, window)
+    start = T - 70
+    lead = (len(rows), k.shape[2])
+    held = {
+        "k_bhks": jnp.zeros((*lead, 16, window)),
+        "v_bhsk": jnp.zeros((*lead, window, 16)),
+    }
+    over = functools.partial(attention.over_ring, window=window, block=block)
+    found, segments_bw = [], jnp.zeros((len(rows), window), jnp.int32)
+    for part in (slice(0, start), slice(start, T)):
+        at = ring.places(
+            segments_bw, rows[:, : part.start], rows[:, part], mesh.Rules()
+        )
+        new = {"k_bhks": k[:, part], "v_bhsk": v[:, part]}
+        out, held = over(q[:, part], new, held, rows[:, part], at)
+        segments_bw = at.segments_bw
+        found.append(out)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), want, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -218,26 +218,25 @@ SPEC = spec_lib.Spec(
     ffn_width=48,
     max_positions=600,
     init_std=0.3,
-    window=6,
-    full_layers=1,
 )
 HYBRID = dataclasses.replace(
     SPEC,
     family="qwen3_next",
-    window=0,
-    full_layers=0,
     mixers=("delta", "attention"),
     delta=spec_lib.Delta(2, 4, 8, 8),
 )
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 
 
-@pytest.fixture(scope="module", params=["attention", "hybrid"])
+WINDOW = dataclasses.replace(SPEC, window=6, full_layers=1)
+
+
+@pytest.fixture(scope="module", params=["attention", "window apart", "hybrid apart"])
 def model(request):
-    """A spec and its weights; those of attention alone are not laid out."""
-    if request.param == "hybrid":
-        return HYBRID, decode.laid_out(HYBRID, models.init(HYBRID, 0))
-    return SPEC, models.init(SPEC, 0)
+    """A spec and its weights, whose layers are stacked or each by itself."""
+    spec = {"window": WINDOW, "hybrid": HYBRID}.get(request.param.split()[0], SPEC)
+    params = models.init(spec, 0)
+    return spec, decode.laid_out(spec, params) if "apart" in request.param else params
 
 
 def test_a_penalty_counts_prompt_and_answer():
@@ -283,7 +282,7 @@ def test_a_stream_is_what_generate_gives(model, settings):
 def test_a_kept_cache_changes_nothing(model):
     """Turns that go on, that go back, that were left in the middle, that are new."""
     spec, params = model
-    whole = spec is SPEC  # what attention holds can be cut, a recurrent state cannot
+    whole = spec is SPEC  # what attention holds can be cut, a state or a ring cannot
     kept = decode.Kept()
 
     def turn(prompt, count, take=None):
