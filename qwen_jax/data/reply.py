@@ -257,10 +257,11 @@ class Watch:
         return held
 
     def _first(self, text: str) -> tuple[int, str] | None:
-        """Where the earliest word begins; of two that begin there, the longer."""
-        found = [(text.find(word), -len(word), word) for word in self._words]
-        found = [one for one in found if one[0] >= 0]
-        return (min(found)[0], min(found)[2]) if found else None
+        """Where the word begins that is whole first; of two that end there, the longer.
+        So it does not depend on how the text is cut in pieces."""
+        found = [(text.find(word), word) for word in self._words]
+        ends = [(at + len(word), at, word) for at, word in found if at >= 0]
+        return min(ends)[1:] if ends else None
 
     def _beginning(self, text: str) -> int:
         """Letters at the end that may be the beginning of a word."""

@@ -175,6 +175,15 @@ def test_as_many_good_calls_as_there_are():
 # --- words in a text that comes in pieces ---
 
 
+def test_the_word_that_is_whole_first_counts():
+    """Also where a longer one that began before it might still have come."""
+    for pieces in (["<b<"], ["<b", "<"], ["<", "b", "<"]):
+        watch = reply.Watch(["b", "<b<"])
+        found = [one for piece in pieces for one in watch.push(piece)]
+        assert found[0] == ("<", "b")
+    assert reply.cut("<b<", ["b", "<b<"]) == "<"
+
+
 @given(st.data())
 def test_a_watch_finds_what_find_finds(data):
     words = data.draw(
@@ -197,9 +206,9 @@ def test_a_watch_finds_what_find_finds(data):
             break
     if not stopped:
         before += watch.end()
-    places = [text.find(word) for word in words if word in text]
-    assert stopped == bool(places)
-    assert before == (text[: min(places)] if places else text)
+    ends = [(text.find(w) + len(w), text.find(w)) for w in words if w in text]
+    assert stopped == bool(ends)
+    assert before == (text[: min(ends)[1]] if ends else text)
     assert reply.cut(text, words) == before
 
 
