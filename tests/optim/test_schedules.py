@@ -61,6 +61,7 @@ def test_exact_at_large_steps():
         ({"lr_peak": 0.0}, 100, "lr_peak"),
         ({"warmup_steps": -1}, 100, "warmup_steps"),
         ({"warmup_steps": 100}, 100, "num_steps=100"),
+        ({"warmup_steps": 10, "decay_steps": -1}, 3, "warmup_steps=10"),
         ({"warmup_steps": 7, "decay_steps": 94}, 100, "decay_steps=94"),
         ({}, 0, "num_steps=0"),
     ],
