@@ -7,7 +7,7 @@ step fit a v6e:8x8 slice with no model parallelism?
 Source: shape, config.json of the published checkpoint; batch and rate near Step Law
 (arXiv 2503.04715); tokens, 20 a weight (arXiv 2203.15556).
 Layout: weights are split over all chips, on two axes of eight, each a ring.
-Expected: open, not compiled yet.
+Expected: 20.7 GiB of 31.25 a chip, by the compiler (64 rows a micro-batch).
 Cost: 8.2e22 FLOPs. `:tiny` takes seconds on a CPU.
 Run: qwen-jax run --config experiments/pretrain/qwen3p5_27b.py --dry_run
          --topology v6e:8x8
