@@ -20,7 +20,6 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
 import pathlib
 import types
 import typing
@@ -75,13 +74,15 @@ def load_module(path_and_arg: str) -> tuple[types.ModuleType, str | None]:
             near = nearest(path.name, [p.name for p in path.parent.glob("*.py")])
         raise InputError(f"experiment file {path_text!r} does not exist{near}")
     name = "qwen_jax_experiment_" + path.stem
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None:
+    if path.suffix != ".py":
         raise InputError(
             f"{path_text}: it is not a Python file; wanted an experiment file (NAME.py)"
         )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    # Not imported: Python would keep its bytecode, and take that for the bytecode of a
+    # file that was changed within the same second and is as long as before.
+    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     return module, (arg or None)
 
 

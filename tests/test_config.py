@@ -3,6 +3,8 @@
 
 import dataclasses
 import json
+import os
+import sys
 
 import ml_collections
 import pytest
@@ -195,6 +197,14 @@ def write(folder, text, name="one.py"):
 
 
 GIVES = "import ml_collections\ndef get_config(arg=None):\n    return "
+
+
+def test_a_file_changed_within_a_second_is_read_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for n in (1, 2):
+        path = write(tmp_path, f"{GIVES}ml_collections.ConfigDict({{'n': {n}}})\n")
+        os.utime(path, (1e9, 1e9))
+        assert config.load(str(path)).n == n
 
 
 def test_the_text_after_the_colon_is_the_argument(tmp_path):
