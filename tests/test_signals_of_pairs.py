@@ -70,7 +70,7 @@ def test_saves_by_time_and_the_last_one_are_of_one_step(data, tmp_path, start_pa
         assert [one["step"] for one in both] == [step, step]  # batches read till then
 
 
-@pytest.mark.parametrize("told", [[1], [0, 1]])
+@pytest.mark.parametrize("told", [[1], pytest.param([0, 1], marks=pytest.mark.slow)])
 def test_while_it_compiles_all_end_at_once_and_tidily(told, data, tmp_path, start_pair):
     """No compile cache, 64 layers written out: compiling takes a minute."""
     slow = ["--config.train.loop=unroll", "--config.model.num_layers=64"]

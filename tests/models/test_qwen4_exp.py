@@ -266,7 +266,11 @@ def test_cached_decoding_is_the_full_forward(pair):
         np.testing.assert_allclose(found[row, kept], want, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("pair", ["indexed", "ngram-twice"], indirect=True)
+@pytest.mark.parametrize(
+    "pair",
+    ["indexed", pytest.param("ngram-twice", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_greedy_tokens(pair):
     reference, spec, params, _ = pair
     ids = tokens(1, seed=5, t=17)
