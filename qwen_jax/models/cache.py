@@ -28,6 +28,7 @@ from qwen_jax.models import delta as delta_lib
 from qwen_jax.models import ngram as ngram_lib
 from qwen_jax.models import ring as ring_lib
 from qwen_jax.models import spec as spec_lib
+from qwen_jax.models import stretches
 
 
 @struct.dataclass
@@ -158,19 +159,14 @@ def apart(cache: Cache) -> Cache:
     new tokens where they go, and copies no layer out of a stack and back."""
 
     def split(stack):
-        count = len(jax.tree.leaves(stack)[0])
-        return [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(count)]
+        return stretches.layers_of(stack, len(jax.tree.leaves(stack)[0]))
 
     return cache.replace(**{k: split(x) for k, x in _held(cache, dict)})
 
 
 def together(cache: Cache) -> Cache:
     """The cache with its layers stacked."""
-
-    def join(parts):
-        return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
-
-    return cache.replace(**{k: join(x) for k, x in _held(cache, list)})
+    return cache.replace(**{k: stretches.stacked(x) for k, x in _held(cache, list)})
 
 
 def _held(cache: Cache, kind: type) -> list[tuple[str, Any]]:

@@ -17,7 +17,7 @@ keys on average; False counts t, the convention of published MFU figures.
 import dataclasses
 
 from qwen_jax import params
-from qwen_jax.models import decoder, ngram, vision
+from qwen_jax.models import decoder, indexed, ngram, vision
 from qwen_jax.models import spec as spec_lib
 
 
@@ -82,11 +82,11 @@ def forward_per_token(
     for kind in spec.kinds:
         if kind.mixer == "attention":
             seen = _keys_seen(seq_tokens, kind.window, causal)
-            indexed = spec.indexed
-            if indexed is not None and seq_tokens >= indexed.budget + indexed.ratio:
-                mixing += 2 * indexed.heads * indexed.width * seen / indexed.ratio
+            if indexed.chooses(spec, seq_tokens):
+                index = spec.indexed
+                mixing += 2 * index.heads * index.width * seen / index.ratio
                 # On average half a block stands after the last complete one.
-                seen = min(seen, indexed.budget + (indexed.ratio - 1) / 2)
+                seen = min(seen, index.budget + (index.ratio - 1) / 2)
             mixing += 4 * heads * seen
         else:
             delta = spec.delta

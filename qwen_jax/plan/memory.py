@@ -124,8 +124,8 @@ def activation_bytes_per_token(
 
 def _residual_bytes(spec: spec_lib.Spec) -> int:
     """Of one token, in all streams."""
-    streams = spec.streams.count if spec.streams is not None else 1
-    return streams * spec.width * _item(spec.compute_dtype)
+    count = spec.streams.count if spec.streams is not None else 1
+    return count * spec.width * _item(spec.compute_dtype)
 
 
 def _mixer(
