@@ -19,6 +19,10 @@ Experts lie on the mesh axis `expert`, over which the batch is split, too. `exch
 - "all_to_all": each choice goes to its expert's device and comes back; traffic is about
   a * m * d each way. Buffers hold `capacity_factor` times an even share of the choices
   for each device; what does not fit is dropped and counted.
+`pieces`: the tokens of a device go through the exchange and the experts in that many
+parts (or the nearest number below that divides them), one after another; the backward
+pass computes each again. Rows of one part are in memory at a time: gathered rows are
+`experts_per_token` times the tokens of a whole group, most of a step's memory otherwise.
 
 Shapes: x_btd -> y_btd and a dict of float32: counts_e (choices of each expert),
 probs_e (sum of probabilities, differentiable), z (sum of lse^2 of the router), tokens,
@@ -80,7 +84,9 @@ def moe(
         ]
         run_experts = _through(split, spec.moe) if split else _here
         x_md = mesh.vary(x_md, tensor)  # each computes a part of the hidden dim
-        y_md, dropped = run_experts(x_md, choice_ma, weight_ma, weights, spec.moe)
+        y_md, dropped = _in_pieces(run_experts)(
+            x_md, choice_ma, weight_ma, weights, spec.moe
+        )
         stats["dropped"] = dropped
         if mesh.active():
             y_md = jax.lax.psum(y_md, tensor)
@@ -184,6 +190,22 @@ def _here(x_md, choice_ma, weight_ma, weights, moe):
         impl=moe.impl,
         capacity_factor=moe.capacity_factor,
     )
+
+
+def _in_pieces(run):
+    def run_all(x_md, choice_ma, weight_ma, weights, moe):
+        pieces = next(n for n in range(moe.pieces, 0, -1) if x_md.shape[0] % n == 0)
+        if pieces == 1:
+            return run(x_md, choice_ma, weight_ma, weights, moe)
+        tokens = (x_md, choice_ma, weight_ma)
+        # Of a piece nothing but its tokens is kept for the backward pass.
+        one = jax.checkpoint(lambda piece: run(*piece, weights, moe))
+        y_pmd, dropped_p = jax.lax.map(
+            one, tuple(x.reshape(pieces, -1, x.shape[-1]) for x in tokens)
+        )
+        return y_pmd.reshape(x_md.shape), jnp.sum(dropped_p)
+
+    return run_all
 
 
 def _through(axes, moe):

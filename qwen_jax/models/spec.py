@@ -58,8 +58,9 @@ class MoE:
     a gate; 0 for none. norm_topk: the picked probabilities are divided by their sum.
     balance_coef, z_coef: weights of the load-balance loss (summed over the global
     batch) and of the router's z-loss in training. impl, capacity_factor: see
-    `kernels/experts.py`; exchange: how tokens reach experts on other devices, see
-    `moe.py`. These three pick an implementation of the same function.
+    `kernels/experts.py`; exchange: how tokens reach experts on other devices, pieces:
+    in how many parts, one after another, a device's tokens go through them, see
+    `moe.py`. These four pick an implementation of the same function.
     """
 
     num_experts: int = 128
@@ -72,6 +73,7 @@ class MoE:
     impl: str = "auto"
     capacity_factor: float = 1.25
     exchange: str = "gather"
+    pieces: int = 1
 
     def __post_init__(self):
         if not 1 <= self.experts_per_token <= self.num_experts:
@@ -86,6 +88,8 @@ class MoE:
             )
         if self.capacity_factor <= 0:
             raise ValueError(f"capacity_factor={self.capacity_factor} must be above 0")
+        if self.pieces < 1:
+            raise ValueError(f"moe.pieces={self.pieces} must be at least 1")
         for name, known in (("impl", EXPERTS), ("exchange", EXCHANGES)):
             if getattr(self, name) not in known:
                 hint = config.nearest(getattr(self, name), known)

@@ -181,6 +181,7 @@ def _feed_forward(
         picked = around * picked + (2 * width * around if around > 1 else 0)
     elif around > 1:
         picked = int(moe.capacity_factor * picked)
+    picked //= moe.pieces
     each = {"mlp_gate": shared, "mlp_up": shared, "experts": width}
     return each, 6 * shared + picked + 4 * moe.num_experts * 4
 

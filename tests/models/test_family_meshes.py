@@ -174,6 +174,48 @@ def test_tokens_sent_to_experts_are_those_gathered(sizes):
     close(grads, wanted)
 
 
+@pytest.mark.parametrize(
+    ("exchange", "pieces", "sizes"),
+    [
+        ("gather", 4, (1, 2, 2, 2)),
+        pytest.param("gather", 3, (2, 1, 1, 4), marks=pytest.mark.slow),
+        pytest.param("all_to_all", 2, (1, 2, 2, 2), marks=pytest.mark.slow),
+        pytest.param("gather", 8, (1, 1, 1, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_tokens_in_pieces_are_those_of_one_piece(exchange, pieces, sizes):
+    spec = SPECS["moe"]
+    moe = dataclasses.replace(
+        spec.moe, exchange=exchange, capacity_factor=8.0, pieces=pieces
+    )
+    grads, sums = gradients(dataclasses.replace(spec, moe=moe), "moe", sizes)
+    wanted, told = alone("moe")
+    assert sums["dropped"] == 0
+    close(sums, told)
+    close(grads, wanted)
+
+
+def test_pieces_keep_the_rows_of_one(monkeypatch):
+    """The most rows that any product of experts sees, without and with pieces."""
+    from qwen_jax.models import moe as moe_lib
+
+    seen = []
+    here = moe_lib._here
+
+    def look(x_md, choice_ma, *rest):
+        seen.append(choice_ma.shape[0])
+        return here(x_md, choice_ma, *rest)
+
+    monkeypatch.setattr(moe_lib, "_here", look)
+    x_md, weights = jnp.ones((12, 4)), [jnp.ones((2, 4, 3))] * 2 + [jnp.ones((2, 3, 4))]
+    for pieces, rows in ((1, 12), (4, 3), (5, 3), (100, 1)):
+        spec = dataclasses.replace(EXPERTS, num_experts=2, pieces=pieces)
+        seen.clear()
+        choice_ma, weight_ma = jnp.zeros((12, 2), jnp.int32), jnp.ones((12, 2))
+        moe_lib._in_pieces(moe_lib._here)(x_md, choice_ma, weight_ma, weights, spec)
+        assert set(seen) == {rows}
+
+
 def test_what_does_not_fit_on_the_way_is_counted():
     spec = SPECS["moe"]
     moe = dataclasses.replace(spec.moe, exchange="all_to_all", capacity_factor=0.5)
