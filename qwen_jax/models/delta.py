@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax import mesh
-from qwen_jax.models import norm
+from qwen_jax.models import front, norm
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.models.kernels import delta_rule
 from qwen_jax.params import Param, normal, ones
@@ -206,20 +206,9 @@ def fresh(
 def _local(q, k, v, b, a, segments, state, conv_q, conv_k, conv_v, a_log, dt_bias):
     """The convolution and the rule for one device's rows and heads."""
     t, taps = segments.shape[1], conv_q.shape[0] - 1
-    # Real tokens to the front: neighbours in the document are neighbours in the row,
-    # also where padding lies between this call's tokens and those of the last.
-    order = jnp.argsort(segments == 0, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1, stable=True)
-
-    def take(x, index):
-        return jnp.take_along_axis(
-            x, index.reshape(index.shape + (1,) * (x.ndim - 2)), 1
-        )
-
-    q, k, v, b, a, segments = (take(x, order) for x in (q, k, v, b, a, segments))
+    order, back = front.order(segments)
+    q, k, v, b, a, segments = (front.take(x, order) for x in (q, k, v, b, a, segments))
     seen = jnp.concatenate([state["segments_bj"], segments], axis=1)
-    real = jnp.sum(segments > 0, axis=1, keepdims=True)
-    last = real + jnp.arange(taps)[None]
 
     def conv(x, filter_jhk, tail):
         """(silu of the causal filter, the last inputs)."""
@@ -231,7 +220,7 @@ def _local(q, k, v, b, a, segments, state, conv_q, conv_k, conv_v, a_log, dt_bia
             near = (seen[:, j : j + t] == segments) & (segments > 0)
             part = x[:, j : j + t] * filter_jhk[j][None, None]
             y = y + jnp.where(near[..., None, None], part, 0)
-        return jax.nn.silu(y), take(x, last)
+        return jax.nn.silu(y), front.last(x, segments, taps)
 
     q, q_tail = conv(q, conv_q, state["q_bjhk"])
     k, k_tail = conv(k, conv_k, state["k_bjhk"])
@@ -245,7 +234,7 @@ def _local(q, k, v, b, a, segments, state, conv_q, conv_k, conv_v, a_log, dt_bia
     before = delta_rule.State(state["s_bnku"], state["segments_bj"][:, -1])
     rule = delta_rule.recurrent if t == 1 else delta_rule.chunked
     out, after = rule(q * q.shape[-1] ** -0.5, k, v, g, beta, segments, before)
-    out = take(out, back)
+    out = front.take(out, back)
     return out, {
         "s_bnku": after.s_bhku,
         "q_bjhk": q_tail,
@@ -256,12 +245,9 @@ def _local(q, k, v, b, a, segments, state, conv_q, conv_k, conv_v, a_log, dt_bia
 
 def tail_segments(tail_bj: jax.Array, segments_bt: jax.Array) -> jax.Array:
     """Segments of the last real tokens of each row, after new tokens."""
-    order = jnp.argsort(segments_bt == 0, axis=1, stable=True)
-    segments_bt = jnp.take_along_axis(segments_bt, order, axis=1)
-    real = jnp.sum(segments_bt > 0, axis=1, keepdims=True)
-    last = real + jnp.arange(tail_bj.shape[1])[None]
+    segments_bt = front.take(segments_bt, front.order(segments_bt)[0])
     seen = jnp.concatenate([tail_bj, segments_bt], axis=1)
-    return jnp.take_along_axis(seen, last, axis=1)
+    return front.last(seen, segments_bt, tail_bj.shape[1])
 
 
 def _unit(x):

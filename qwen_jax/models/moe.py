@@ -21,8 +21,8 @@ Experts lie on the mesh axis `expert`, over which the batch is split, too. `exch
   for each device; what does not fit is dropped and counted.
 `pieces`: the tokens of a device go through the exchange and the experts in that many
 parts (or the nearest number below that divides them), one after another; the backward
-pass computes each again. Rows of one part are in memory at a time: gathered rows are
-`experts_per_token` times the tokens of a whole group, most of a step's memory otherwise.
+pass computes each again. Rows of one part are in memory at a time; of all they are
+`experts_per_token` times the tokens of a whole group, most of a step's memory.
 
 Shapes: x_btd -> y_btd and a dict of float32: counts_e (choices of each expert),
 probs_e (sum of probabilities, differentiable), z (sum of lse^2 of the router), tokens,
@@ -134,7 +134,10 @@ def moe(
 def route(x_md, real_m, router_de, moe: spec_lib.MoE):
     """(sums for the metrics and the balance loss, choices [m, a], their weights)."""
     wide = jnp.promote_types(x_md.dtype, jnp.float32)
-    logits_me = x_md.astype(wide) @ router_de.astype(wide)
+    # Without it a TPU would multiply in bfloat16, whatever the dtypes.
+    logits_me = jnp.matmul(
+        x_md.astype(wide), router_de.astype(wide), precision=jax.lax.Precision.HIGHEST
+    )
     probs_me = jax.nn.softmax(logits_me, axis=-1)
     weight_ma, choice_ma = jax.lax.top_k(probs_me, moe.experts_per_token)
     if moe.norm_topk:

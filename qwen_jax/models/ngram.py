@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax import mesh
-from qwen_jax.models import norm
+from qwen_jax.models import front, norm
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.params import Param, normal, ones, zeros
 
@@ -150,9 +150,9 @@ def device_ids(
 ) -> jax.Array:
     """As `ids`, in uint32 alone, after the tokens that `recent` holds."""
     ngram, t = spec.ngram, tokens_bt.shape[1]
-    order, back = _order(segments_bt)
-    seen = _take(jnp.maximum(segments_bt, 0), order)
-    now = _take(tokens_bt, order)
+    order, back = front.order(segments_bt)
+    seen = front.take(jnp.maximum(segments_bt, 0), order)
+    now = front.take(tokens_bt, order)
     before = jnp.concatenate([recent["tokens_bj"], now], axis=1)
     owner = jnp.concatenate([recent["segments_bj"], seen], axis=1)
     shifted, whole = [now.astype(jnp.uint32)], jnp.ones(now.shape, bool)
@@ -171,7 +171,7 @@ def device_ids(
             mine = slice((n - 1) * ngram.heads, n * ngram.heads)
             rest = _modulo(high, low, np.array(table.primes[mine], np.uint32))
             found.append(rest + np.array(table.offsets[mine], np.int32)[None, None])
-        layers.append(_take(jnp.concatenate(found, axis=-1), back))
+        layers.append(front.take(jnp.concatenate(found, axis=-1), back))
     return jnp.where((segments_bt > 0)[None, ..., None], jnp.stack(layers), 0)
 
 
@@ -289,8 +289,8 @@ def _conv(x, segments, tail, tail_segments, filter_jrd, *, dilation):
     """(silu of the causal filter inside each segment, the last inputs)."""
     taps, t, kept = filter_jrd.shape[0], x.shape[1], tail.shape[1]
     filter_jrd = mesh.vary(filter_jrd, mesh.varying(x))
-    order, back = _order(segments)
-    x, own = (_take(y, order) for y in (x, segments))
+    order, back = front.order(segments)
+    x, own = (front.take(y, order) for y in (x, segments))
     seen = jnp.concatenate([tail_segments, own], axis=1)
     x = jnp.concatenate([tail, x], axis=1)
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -300,8 +300,8 @@ def _conv(x, segments, tail, tail_segments, filter_jrd, *, dilation):
         near = (seen[:, first : first + t] == own) & (own > 0)
         part = x[:, first : first + t] * filter_jrd[j][None, None]
         y = y + jnp.where(near[..., None, None], part, 0)
-    y = _take(jax.nn.silu(y).astype(x.dtype), back)
-    return y, _last(x, segments, kept)
+    y = front.take(jax.nn.silu(y).astype(x.dtype), back)
+    return y, front.last(x, segments, kept)
 
 
 def lookup(table_vk: jax.Array, ids_btn: jax.Array, rules: mesh.Rules) -> jax.Array:
@@ -361,34 +361,16 @@ def recent_after(
         return None
 
     def run(before, tokens, segments):
-        order, _ = _order(segments)
+        order, _ = front.order(segments)
         new = {"tokens_bj": tokens, "segments_bj": segments}
         both = {
-            k: jnp.concatenate([x, _take(new[k], order)], axis=1)
+            k: jnp.concatenate([x, front.take(new[k], order)], axis=1)
             for k, x in before.items()
         }
         kept = before["tokens_bj"].shape[1]
-        return {k: _last(x, segments, kept) for k, x in both.items()}
+        return {k: front.last(x, segments, kept) for k, x in both.items()}
 
     rows = rules.pspec("batch", None)
     each = dict.fromkeys(before, rows)
     run = mesh.local(run, inputs=(each, rows, rows), out=each)
     return run(before, tokens_bt, segments_bt)
-
-
-def _order(segments_bt):
-    """(real tokens first, the way back): neighbours in a document are then neighbours,
-    also where padding lies between this call's tokens and those of the last."""
-    order = jnp.argsort(segments_bt == 0, axis=1, stable=True)
-    return order, jnp.argsort(order, axis=1, stable=True)
-
-
-def _take(x, index_bt):
-    index = index_bt.reshape(index_bt.shape + (1,) * (x.ndim - 2))
-    return jnp.take_along_axis(x, index, axis=1)
-
-
-def _last(x, segments_bt, kept):
-    """Of what is held and the ordered new tokens, the last `kept` real ones."""
-    real = jnp.sum(segments_bt > 0, axis=1, keepdims=True)
-    return _take(x, real + jnp.arange(kept)[None])

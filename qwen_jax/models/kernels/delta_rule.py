@@ -20,7 +20,8 @@ makes packed rows equal separate rows.
 Shapes: q_bthk and k_bthk (already normalised and scaled), v_bthu, g_bth (log of the
 decay, at most 0) and beta_bth; segments_bt int32 with 0 for padding, which changes
 nothing and gets zeros; the state is a `State`: s_bhku and the segment it is of.
-Everything is computed in float32 (float64 in float64 runs); the output has v's dtype.
+Everything is held and summed in float32 (float64 in float64 runs); a TPU multiplies in
+its default precision, bfloat16, but for the solve. The output has v's dtype.
 `recurrent` is the plain twin: the three lines above, one token after another; it is
 also what decoding runs.
 Raises: ValueError when shapes do not fit together.
