@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine is asked and what it answers: the records between it and its callers.
+
+A caller makes a `Request` of token ids, hands it to `Engine.submit` with a function
+that takes `Piece`s, and gets one or more of them for each of the request's `n` answers.
+The last piece of an answer has `finish`; after n of those the request is over.
+
+Invariants: the texts of an answer's pieces, joined, are the answer without the stop
+string that ended it, and each is whole code points; ids are in the order they were
+drawn, the id that ended the answer included. A request that fails or is cancelled ends
+each unfinished answer with a piece, too: nobody waits for what will not come.
+Raises: config.InputError naming the field, in `Request`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from qwen_jax import config
+from qwen_jax.models import sampling as sampling_lib
+
+# Why an answer ended. The last three are not the model's doing.
+STOP, LENGTH, CANCELLED, ERROR, CONTENT = (
+    "stop",
+    "length",
+    "cancelled",
+    "error",
+    "content_filter",
+)
+MAX_LOGPROBS = 20
+
+
+class Matcher(Protocol):
+    """Where one answer stands in a grammar."""
+
+    def allowed(self) -> np.ndarray:
+        """Ids that may come next: uint32 [ceil(v / 32)], bit id % 32 of word id // 32."""
+
+    def accept(self, token: int) -> None:
+        """One more id of the answer."""
+
+    def done(self) -> bool:
+        """Whether nothing may come but the end."""
+
+
+class Grammar(Protocol):
+    """What answers must look like, compiled once; each answer has its own matcher."""
+
+    def start(self) -> Matcher:
+        """A matcher before the first id."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt and how it is to be answered.
+
+    id: the caller's, unique among those in flight. prompt: token ids. max_tokens: most
+    ids of each answer. n: answers; their seeds are sampling.seed + index. stop: texts
+    that end an answer and are left out of it. stop_ids: ids that do; None for the
+    model's own. logprobs: None, or how many of the likeliest ids to tell beside each
+    chosen one. prompt_logprobs: likewise for the ids of the prompt but the first.
+    logit_bias: added to an id's score. grammar: what the answer must match. salt:
+    prompts share cached pages only with those of the same salt. deadline_s: of the
+    engine's clock, by which a first id is wanted; None for whenever.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: sampling_lib.Sampling = sampling_lib.Sampling()
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    grammar: Grammar | None = None
+    salt: str = ""
+    deadline_s: float | None = None
+
+    def __post_init__(self):
+        if not self.prompt:
+            raise config.InputError("the prompt is empty: give at least one token")
+        for name in ("max_tokens", "n"):
+            if getattr(self, name) < 1:
+                raise config.InputError(
+                    f"{name}={getattr(self, name)}: wanted at least 1"
+                )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and not 0 <= count <= MAX_LOGPROBS:
+                raise config.InputError(
+                    f"{name}={count}: wanted 0 to {MAX_LOGPROBS}, or none"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """Log-probabilities (natural) at one place: of the id that is there, and of the
+    likeliest ids, most likely first. They are the model's own: before temperature,
+    penalties and cuts."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Ids counted: of the prompt, of these those that were cached, and of the answer."""
+
+    prompt: int
+    cached: int
+    answer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What has come of one answer since its last piece.
+
+    index: which of the request's answers. logprobs: one for each of `ids`, where asked
+    for. prompt_logprobs: with the first piece of answer 0, where asked for. finish: why
+    the answer is over, with its last piece; then `usage` is there, and `stopped_by` is
+    the text or the id that ended it. error: what is to be told, with finish "error".
+    """
+
+    request: str
+    index: int
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprob, ...] = ()
+    prompt_logprobs: tuple[Logprob, ...] | None = None
+    finish: str | None = None
+    stopped_by: str | int | None = None
+    usage: Usage | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How busy an engine is: requests that run and that wait, the share of pages in
+    use (by requests; what is only cached is free), and counts since its start."""
+
+    running: int
+    waiting: int
+    pages_used: float
+    prefix_asked: int  # prompt ids looked up in the cache
+    prefix_found: int
+    preempted: int
+    compiled: int
