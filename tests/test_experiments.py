@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "experiments").rglob("*.py"))
 PRETRAIN = [path for path in FILES if path.parent.name == "pretrain"]
 # Of a run and not of the model: what an experiment may choose.
 CHOSEN = ("param_dtype", "compute_dtype", "reduce_dtype", "attention")
-CHOSEN += ("moe.impl", "moe.exchange", "moe.capacity_factor")
+CHOSEN += ("moe.impl", "moe.exchange", "moe.capacity_factor", "moe.pieces")
 # Weights of the published checkpoints: arXiv 2505.09388 table 1, arXiv 2412.15115.
 WEIGHTS = {
     "qwen3-0.6b": (0.6e9, 0.44e9),

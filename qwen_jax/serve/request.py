@@ -36,7 +36,7 @@ class Matcher(Protocol):
     """Where one answer stands in a grammar."""
 
     def allowed(self) -> np.ndarray:
-        """Ids that may come next: uint32 [ceil(v / 32)], bit id % 32 of word id // 32."""
+        """Ids that may come next: uint32 words, bit id % 32 of word id // 32."""
 
     def accept(self, token: int) -> None:
         """One more id of the answer."""
@@ -109,7 +109,7 @@ class Logprob:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Ids counted: of the prompt, of these those that were cached, and of the answer."""
+    """Ids counted: of the prompt, those of them that were cached, of the answer."""
 
     prompt: int
     cached: int

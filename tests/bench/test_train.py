@@ -249,7 +249,7 @@ def test_the_real_loop_takes_turns(tmp_path):
 
 @pytest.mark.slow
 def test_loss_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
-    monkeypatch.setattr(grow, "LOSS_POINTS", ((512, 512), (512, 8192), (4096, 8192)))
+    monkeypatch.setattr(grow, "LOSS_POINTS", ((512, 512), (512, 8192), (8192, 8192)))
     args = train.parse([*TINY, "--loss_memory"])
     small, wide, long = grow.loss_memory(args, train.read_shape(args))
     assert wide["plain_temp_bytes"] >= wide["logits_bytes"]

@@ -340,6 +340,7 @@ if __name__ == "__main__":
     finally:
         main.kill()
         main.wait()
+        main.stdout.close()
     assert len(workers) == 2
     deadline = time.monotonic() + 60
     while any(os.path.exists(f"/proc/{pid}") for pid in workers):

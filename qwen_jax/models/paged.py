@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding state in pages: rows of any length share one pool, and may share pages.
+
+Source: PagedAttention (arXiv 2309.06180). A page holds c tokens of one row in every
+attention layer; `table_bp` says which pages a row's tokens lie in, in order. Token i of
+a row lies in page table[i // c] at i % c, and i is its position. Rows need not agree on
+anything: each has its own length. Linear layers keep a state per slot instead, one for
+each row that runs.
+
+    hidden_btd, pages = hidden(spec, params, tokens_bt, real_bt, pages, places)
+
+serves decoding (t = 1) and pieces of prompts (t a multiple of c, from a page's border
+on), padding on the right. Page 0 and the last slot are nobody's: what has no place is
+written there.
+
+Shapes: k_nhkc and v_nhck with n pages for each attention layer; layers with a window
+keep all of their pages, too, and look at the near ones only. Linear layers: the state
+of `delta.mix` with slots r for rows; tail_rj, segments of the filters' last inputs.
+Invariants: what a row computes does not depend on which pages it has, or on the other
+rows; a page that two rows share is written by neither. Weights have layers apart
+(`decoder.unstacked`).
+Two ways over pages: a loop over those that are there ("loop", for CPUs, where gathering
+them costs more than reading them), and all pages of the table gathered ("gather", the
+plain twin).
+Raises: config.InputError for models whose layers keep something else.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from qwen_jax import config, mesh
+from qwen_jax.models import attention as attn
+from qwen_jax.models import decoder, rope, streams
+from qwen_jax.models import delta as delta_lib
+from qwen_jax.models import spec as spec_lib
+from qwen_jax.models.kernels import blockwise
+
+
+@struct.dataclass
+class Pages:
+    """Pools of the attention layers, and states of the linear ones; see above."""
+
+    attention: list[dict[str, jax.Array]]
+    delta: list[dict[str, jax.Array]]
+    tail_rj: jax.Array
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page."""
+        return self.attention[0]["v_nhck"].shape[2]
+
+
+@struct.dataclass
+class Places:
+    """Where the rows of a call lie.
+
+    table_bp: int32 pages of each row in order; what is behind its last is not looked
+    at. length_b: its tokens before this call. slot_b: the slot of its states.
+    """
+
+    table_bp: jax.Array
+    length_b: jax.Array
+    slot_b: jax.Array
+
+
+def check(spec: spec_lib.Spec) -> None:
+    """Refuse models that keep more than keys, values and linear states.
+
+    Raises:
+      config.InputError: naming what the model has.
+    """
+    has = {
+        "indexed attention": spec.indexed is not None,
+        "embeddings of n-grams": spec.ngram is not None,
+        "several residual streams": spec.streams is not None,
+        "dual chunk attention": spec.dual_chunk is not None,
+    }
+    found = [name for name, there in has.items() if there]
+    if found:
+        raise config.InputError(
+            f"pages do not hold what {' and '.join(found)} need; use `qwen-jax "
+            "generate` with this model"
+        )
+    if not any(kind.mixer == "attention" for kind in spec.kinds):
+        raise config.InputError("pages need at least one attention layer")
+
+
+def init(
+    spec: spec_lib.Spec,
+    pages: int,
+    page_tokens: int,
+    slots: int,
+    rules: mesh.Rules | None = None,
+) -> Pages:
+    """Empty pools of `pages` pages, page 0 among them, and states of `slots` rows."""
+    check(spec)
+    rules = rules or mesh.Rules()
+    dtype, h, k = jnp.dtype(spec.compute_dtype), spec.num_kv_heads, spec.head_width
+    layout = rules.pspec(None, "kv_heads", None, None)
+
+    def zeros(*shape):
+        return mesh.reshard(jnp.zeros(shape, dtype), layout)
+
+    mixers = [kind.mixer for kind in spec.kinds]
+    attention = [
+        {
+            "k_nhkc": zeros(pages, h, k, page_tokens),
+            "v_nhck": zeros(pages, h, page_tokens, k),
+        }
+        for mixer in mixers
+        if mixer == "attention"
+    ]
+    delta, tail_rj = [], jnp.zeros((slots + 1, 0), jnp.int32)
+    if "delta" in mixers:
+        for _ in range(mixers.count("delta")):
+            delta.append(delta_lib.fresh(spec, slots + 1, dtype, rules))
+            tail_rj = delta[-1].pop("segments_bj")
+    return Pages(attention, delta, tail_rj)
+
+
+def page_bytes(spec: spec_lib.Spec, page_tokens: int) -> int:
+    """Bytes of one page in all layers."""
+    layers = sum(kind.mixer == "attention" for kind in spec.kinds)
+    item = jnp.dtype(spec.compute_dtype).itemsize
+    return 2 * layers * spec.num_kv_heads * spec.head_width * page_tokens * item
+
+
+def hidden(
+    spec: spec_lib.Spec,
+    params: dict[str, Any],
+    tokens_bt: jax.Array,
+    real_bt: jax.Array,
+    pages: Pages,
+    places: Places,
+    *,
+    rules: mesh.Rules | None = None,
+    way: str = "",
+) -> tuple[jax.Array, Pages]:
+    """Hidden states [b, t, d] of new tokens, after the last norm, and the pages with
+    them in.
+
+    Args:
+      spec: what the model is.
+      params: its weights, layers apart.
+      tokens_bt: int32; t = 1, or a multiple of the page and `length_b` likewise.
+      real_bt: int32, 1 for tokens, 0 for padding on the right.
+      pages: the pools.
+      places: where the rows lie, room for the new tokens included.
+      rules: dims -> mesh axes.
+      way: over the pages; "" takes the one of the platform.
+    """
+    rules = rules or mesh.Rules()
+    t = tokens_bt.shape[1]
+    see = {"images": None, "videos": None, "rules": rules, "saved": None}
+    x, _ = decoder._embed(spec, params, tokens_bt, real_bt, **see)
+    at_bt = places.length_b[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+    angles = rope.angles(spec, at_bt)
+    way = way or ("loop" if mesh.platform() == "cpu" else "gather")
+    mix = functools.partial(
+        attention,
+        real_bt=real_bt,
+        places=places,
+        spec=spec,
+        rules=rules,
+        way=way,
+    )
+    take, put = _by_slot()
+    tail_bj = take(pages.tail_rj, places.slot_b)
+    tail_bj = jnp.where((places.length_b > 0)[:, None], tail_bj, 0)
+    held, states, new, after = iter(pages.attention), iter(pages.delta), [], []
+    for kind, p in zip(spec.kinds, params["layers"], strict=True):
+        y_btd, inject = streams.enter(p[streams.names(spec)[0]], x, spec, rules)
+        if kind.mixer == "attention":
+            y_btd, mine = mix(
+                p["attention"], y_btd, *angles, next(held), window=kind.window
+            )
+            new.append(mine)
+        else:
+            state_r = next(states)
+            state = {k: take(s, places.slot_b) for k, s in state_r.items()}
+            state["segments_bj"] = tail_bj
+            y_btd, state = delta_lib.mix(
+                p["delta"], y_btd, real_bt, state, spec=spec, rules=rules
+            )
+            after.append(
+                {k: put(s, places.slot_b, state[k]) for k, s in state_r.items()}
+            )
+        x = streams.leave(x, y_btd, inject)
+        x, _ = decoder._feed_forward(p, x, real_bt, spec, rules, kind)
+    tail_rj = pages.tail_rj
+    if after:
+        tail_bj = delta_lib.tail_segments(tail_bj, real_bt)
+        tail_rj = put(tail_rj, places.slot_b, tail_bj)
+    return streams.end(params, x, spec, rules), Pages(new, after, tail_rj)
+
+
+def _by_slot():
+    """(states of the rows of a call, the states with theirs in)."""
+
+    def lies_of(x):
+        return jax.typeof(x).sharding.spec if mesh.active() else None
+
+    def take(x_r, slot_b):
+        spec = lies_of(x_r)
+        run = mesh.local(lambda x, i: x[i], inputs=(spec, jax.P(None)), out=spec)
+        return run(x_r, slot_b)
+
+    def put(x_r, slot_b, new_b):
+        spec = lies_of(x_r)
+        run = mesh.local(
+            lambda x, i, new: x.at[i].set(new.astype(x.dtype)),
+            inputs=(spec, jax.P(None), spec),
+            out=spec,
+        )
+        return run(x_r, slot_b, new_b)
+
+    return take, put
+
+
+def attention(
+    p, x_btd, cos_btk, sin_btk, held, *, real_bt, places, spec, rules, way, window
+):
+    """One layer over new tokens and the pages of their rows: (y_btd, the pools)."""
+    q_btnk, k_bthk, v_bthk = attn.project(p, x_btd, cos_btk, sin_btk, spec, rules)
+    heads = rules.pspec(None, None, "heads", None)
+    kv_heads = rules.pspec(None, None, "kv_heads", None)
+    pools = dict.fromkeys(held, rules.pspec(None, "kv_heads", None, None))
+    where = Places(jax.P(None, None), jax.P(None), jax.P(None))
+    run = mesh.local(
+        functools.partial(_local, way=way, window=window),
+        inputs=(heads, kv_heads, kv_heads, pools, jax.P(None, None), where),
+        out=(heads, pools),
+    )
+    out_btnk, held = run(q_btnk, k_bthk, v_bthk, held, real_bt, places)
+    return attn.merge(p, out_btnk, x_btd, spec, rules), held
+
+
+def _local(q_btnk, k_bthk, v_bthk, held, real_bt, places, *, way, window):
+    held = _written(held, k_bthk, v_bthk, real_bt, places)
+    over = looped if way == "loop" else gathered
+    return over(q_btnk, held, real_bt, places, window), held
+
+
+def _written(held, k_bthk, v_bthk, real_bt, places):
+    """The pools with new tokens in."""
+    (b, t), c = real_bt.shape, held["v_nhck"].shape[2]
+    first_b = places.length_b // c
+    rows = jnp.arange(b)
+    if t == 1:
+        page_b = jnp.where(real_bt[:, 0] > 0, places.table_bp[rows, first_b], 0)
+        at_b = places.length_b % c
+        return _one_each(held, k_bthk[:, 0], v_bthk[:, 0], page_b, at_b)
+    count = t // c
+    index_bj = first_b[:, None] + jnp.arange(count)[None]
+    page_bj = places.table_bp[rows[:, None], index_bj]
+    # A page of padding alone is nobody's.
+    page_bj = jnp.where(real_bt[:, ::c] > 0, page_bj, 0)
+    k = k_bthk.reshape(b, count, c, *k_bthk.shape[2:]).transpose(0, 1, 3, 4, 2)
+    v = v_bthk.reshape(b, count, c, *v_bthk.shape[2:]).transpose(0, 1, 3, 2, 4)
+    k_nhkc, v_nhck = held["k_nhkc"], held["v_nhck"]
+    return {
+        "k_nhkc": k_nhkc.at[page_bj].set(k.astype(k_nhkc.dtype)),
+        "v_nhck": v_nhck.at[page_bj].set(v.astype(v_nhck.dtype)),
+    }
+
+
+def _one_each(held, k_bhk, v_bhk, page_b, at_b):
+    """One token of each row into its page."""
+    k_nhkc, v_nhck = held["k_nhkc"], held["v_nhck"]
+    k_bhk, v_bhk = k_bhk.astype(k_nhkc.dtype), v_bhk.astype(v_nhck.dtype)
+    if mesh.platform() != "cpu":
+        return {
+            "k_nhkc": k_nhkc.at[page_b, :, :, at_b].set(k_bhk),
+            "v_nhck": v_nhck.at[page_b, :, at_b].set(v_bhk),
+        }
+    # A CPU would scatter into a copy of the pool; slices are written where they go.
+    for i in range(len(page_b)):
+        zero = jnp.zeros((), page_b.dtype)
+        k_nhkc = jax.lax.dynamic_update_slice(
+            k_nhkc, k_bhk[i][None, :, :, None], (page_b[i], zero, zero, at_b[i])
+        )
+        v_nhck = jax.lax.dynamic_update_slice(
+            v_nhck, v_bhk[i][None, :, None], (page_b[i], zero, at_b[i], zero)
+        )
+    return {"k_nhkc": k_nhkc, "v_nhck": v_nhck}
+
+
+def gathered(q_btnk, held, real_bt, places, window):
+    """The plain twin: attention over all pages of the tables, in the open."""
+    (b, t), p = real_bt.shape, places.table_bp.shape[1]
+    k_bphkc = held["k_nhkc"][places.table_bp]
+    v_bphck = held["v_nhck"][places.table_bp]
+    _, _, h, k, c = k_bphkc.shape
+    k_bhks = k_bphkc.transpose(0, 2, 3, 1, 4).reshape(b, h, k, p * c)
+    v_bhsk = v_bphck.transpose(0, 2, 1, 3, 4).reshape(b, h, p * c, k)
+    at_1s = jnp.arange(p * c)[None]
+    count_b = places.length_b + jnp.sum(real_bt, axis=1)
+    there_bs = (at_1s < count_b[:, None]).astype(jnp.int32)
+    at_bt = places.length_b[:, None] + jnp.arange(t)[None]
+    return attn.over(
+        q_btnk, k_bhks, v_bhsk, real_bt, there_bs, at_bt, at_1s, window=window
+    )
+
+
+def looped(q_btnk, held, real_bt, places, window):
+    """Attention of new tokens over the pages that their rows have, one page at a time,
+    with a running maximum (arXiv 1805.02867)."""
+    b, t, n, k = q_btnk.shape
+    k_nhkc, v_nhck = held["k_nhkc"], held["v_nhck"]
+    _, h, c, _ = v_nhck.shape
+    g = n // h
+    wide = jnp.promote_types(q_btnk.dtype, jnp.float32)
+    q_bthgk = (q_btnk * k**-0.5).reshape(b, t, h, g, k)
+    q_bhgtk = q_bthgk.transpose(0, 2, 3, 1, 4)
+    near = mesh.varying(q_btnk)
+
+    def row(i, out_bhgtk):
+        q_hgtk, start = q_bhgtk[i], places.length_b[i]
+        end = start + jnp.sum(real_bt[i])
+        at_t = start + jnp.arange(t)
+        first_t = jnp.maximum(at_t - window + 1, 0) if window else jnp.zeros_like(at_t)
+
+        def page(j, carry):
+            top_hgt, sum_hgt, out_hgtk = carry
+            here = places.table_bp[i, j]
+            k_hkc = jax.lax.dynamic_index_in_dim(k_nhkc, here, keepdims=False)
+            v_hck = jax.lax.dynamic_index_in_dim(v_nhck, here, keepdims=False)
+            s_hgtc = jnp.einsum(
+                "hgtk,hkc->hgtc", q_hgtk, k_hkc, preferred_element_type=wide
+            )
+            at_1c = (j * c + jnp.arange(c))[None]
+            seen_tc = (at_1c >= first_t[:, None]) & (at_1c <= at_t[:, None])
+            s_hgtc = jnp.where(seen_tc[None, None], s_hgtc, blockwise.NEG)
+            new_hgt = jnp.maximum(top_hgt, jnp.max(s_hgtc, axis=-1))
+            # While a row has seen nothing its maximum is NEG, and exp gives ones.
+            p_hgtc = jnp.where(
+                seen_tc[None, None], jnp.exp(s_hgtc - new_hgt[..., None]), 0.0
+            )
+            less_hgt = jnp.exp(top_hgt - new_hgt)
+            sum_hgt = sum_hgt * less_hgt + jnp.sum(p_hgtc, axis=-1)
+            more_hgtk = jnp.einsum(
+                "hgtc,hck->hgtk",
+                p_hgtc.astype(v_hck.dtype),
+                v_hck,
+                preferred_element_type=wide,
+            )
+            return new_hgt, sum_hgt, out_hgtk * less_hgt[..., None] + more_hgtk
+
+        empty = (
+            jnp.full((h, g, t), blockwise.NEG, wide),
+            jnp.zeros((h, g, t), wide),
+            jnp.zeros((h, g, t, k), wide),
+        )
+        empty = jax.tree.map(lambda x: mesh.vary(x, near), empty)
+        last = jnp.where(end > start, (end - 1) // c + 1, 0)
+        _, sum_hgt, out_hgtk = jax.lax.fori_loop(first_t[0] // c, last, page, empty)
+        out_hgtk = out_hgtk / jnp.maximum(sum_hgt, jnp.finfo(wide).tiny)[..., None]
+        return jax.lax.dynamic_update_index_in_dim(
+            out_bhgtk, out_hgtk.astype(out_bhgtk.dtype), i, 0
+        )
+
+    out_bhgtk = mesh.vary(jnp.zeros((b, h, g, t, k), q_btnk.dtype), near)
+    out_bhgtk = jax.lax.fori_loop(0, b, row, out_bhgtk)
+    return out_bhgtk.transpose(0, 3, 1, 2, 4).reshape(b, t, n, k)
+
+
+def copied(pages: Pages, src_m: jax.Array, dst_m: jax.Array) -> Pages:
+    """Pages `src_m` copied onto pages `dst_m`; (0, 0) does nothing that shows."""
+
+    def copy(x):
+        return x.at[dst_m].set(x[src_m])
+
+    return pages.replace(attention=jax.tree.map(copy, pages.attention))
+
+
+def states_copied(pages: Pages, src_m: jax.Array, dst_m: jax.Array) -> Pages:
+    """States of slots `src_m` copied onto slots `dst_m`."""
+
+    def copy(x):
+        return x.at[dst_m].set(x[src_m])
+
+    return pages.replace(
+        delta=jax.tree.map(copy, pages.delta), tail_rj=copy(pages.tail_rj)
+    )
