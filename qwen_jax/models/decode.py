@@ -178,12 +178,19 @@ def _empty(spec, params, rows, slots, rules=None):
 def _each(sampling: Any, count: int) -> list[sampling_lib.Sampling]:
     """Settings of each of `count` rows."""
     if sampling is None or isinstance(sampling, sampling_lib.Sampling):
-        return [sampling or sampling_lib.Sampling()] * count
+        sampling = [sampling or sampling_lib.Sampling()] * count
     if len(sampling) != count:
         raise config.InputError(
             f"{len(sampling)} settings of sampling for {count} prompts: give one, or "
             "one for each"
         )
+    for one in sampling:
+        for name in ("presence_penalty", "frequency_penalty"):
+            if getattr(one, name):
+                raise config.InputError(
+                    f"{name}={getattr(one, name)}: only `serve.Engine` counts the ids "
+                    "of an answer; leave it 0"
+                )
     return list(sampling)
 
 
@@ -325,7 +332,7 @@ def stream(
     """
     check(spec, [prompt], max_tokens)
     kept = Kept() if kept is None else kept
-    wish = sampling or sampling_lib.Sampling()
+    (wish,) = _each(sampling, 1)
     wishes = sampling_lib.stack([wish])
     stop_ids = tuple(spec.eos_ids if stop_ids is None else stop_ids)
     seen_bv = None

@@ -125,6 +125,8 @@ def chances(logits_btv: jax.Array, temperature, top_p) -> jax.Array:
         top_p_b=ones * top_p,
         min_p_b=zeros,
         repetition_b=ones,
+        presence_b=zeros,
+        frequency_b=zeros,
         seed_b2=jnp.zeros((b * t, 2), jnp.uint32),
     )
     cut_bv = sampling_lib.warped(logits_btv.reshape(b * t, v), rows)

@@ -3,9 +3,10 @@
 
 Source: the order and the meaning of transformers' logits processors: repetition penalty
 (arXiv 1909.05858) over the ids of prompt and answer, temperature, top-k, top-p (arXiv
-1904.09751), min-p (arXiv 2407.01082). vLLM cuts by min-p before top-k and top-p, which
-keeps another set only where top-p is below 1. Deviations: temperature 0 is greedy, also
-after a penalty; equal scores at the edge of top-p are kept in order of their ids.
+1904.09751), min-p (arXiv 2407.01082). Presence and frequency penalties, over the ids of
+the answer, come after the first, as in vLLM, which cuts by min-p before top-k and top-p
+and so keeps another set where top-p is below 1. Deviations: temperature 0 is greedy,
+also after a penalty; equal scores at the edge of top-p are kept in order of their ids.
 
 Shapes: logits_bv float32; each row has its own settings (`Rows`), so requests of a
 batch need not agree; seen_bv bool, the ids that the penalty is for.
@@ -39,6 +40,12 @@ BOUNDS = {
         lambda x: 0 < x <= 100,
         "a number above 0, at most 100; 1 changes nothing",
     ),
+    "presence_penalty": ((int, float), lambda x: -2 <= x <= 2, "a number from -2 to 2"),
+    "frequency_penalty": (
+        (int, float),
+        lambda x: -2 <= x <= 2,
+        "a number from -2 to 2",
+    ),
     "seed": (int, lambda x: 0 <= x < 2**64, "a whole number from 0 to 2**64 - 1"),
 }
 
@@ -50,7 +57,8 @@ class Sampling:
     temperature: 0 takes the likeliest id. top_k: ids to choose from, 0 for all. top_p:
     share that the chosen set reaches. min_p: least probability, as a share of the
     likeliest id's. repetition_penalty: scores of ids that were there are divided by it
-    (multiplied, where negative). seed: of 64 bits.
+    (multiplied, where negative). presence_penalty, frequency_penalty: taken from scores
+    of ids of the answer, once and for each time they came. seed: of 64 bits.
     """
 
     temperature: float = 0.0
@@ -58,6 +66,8 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
@@ -77,6 +87,8 @@ class Rows:
     top_p_b: jax.Array
     min_p_b: jax.Array
     repetition_b: jax.Array
+    presence_b: jax.Array
+    frequency_b: jax.Array
     seed_b2: jax.Array
 
 
@@ -93,6 +105,8 @@ def stack(requests: Sequence[Sampling]) -> Rows:
         top_p_b=column("top_p", np.float32),
         min_p_b=column("min_p", np.float32),
         repetition_b=column("repetition_penalty", np.float32),
+        presence_b=column("presence_penalty", np.float32),
+        frequency_b=column("frequency_penalty", np.float32),
         seed_b2=np.array(halves, np.uint32).reshape(len(requests), 2),
     )
 
@@ -115,6 +129,14 @@ def penalized(logits_bv: jax.Array, seen_bv: jax.Array, rows: Rows) -> jax.Array
     by_b1 = rows.repetition_b[:, None]
     less_bv = jnp.where(logits_bv < 0, logits_bv * by_b1, logits_bv / by_b1)
     return jnp.where(seen_bv, less_bv, logits_bv)
+
+
+def counted(counts_bv: jax.Array, logits_bv: jax.Array, rows: Rows) -> jax.Array:
+    """Scores less both penalties of ids that came `counts_bv` times in the answer, as
+    OpenAI's API describes them."""
+    less_bv = counts_bv * rows.frequency_b[:, None]
+    less_bv += (counts_bv > 0) * rows.presence_b[:, None]
+    return logits_bv - less_bv.astype(logits_bv.dtype)
 
 
 def warped(logits_bv: jax.Array, rows: Rows) -> jax.Array:

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled programs of an engine: one step of many rows, one piece of a prompt.
+
+`decode`: the next id of b rows that have one token to go in each; `prefill`: a piece of
+one prompt, with the scores after its last token; `first`: the id that is drawn from
+them; `prompt_scores`: as `prefill`, with what the model gave each next id. b is one of
+a few buckets, so few programs are compiled: see `engine.Settings`.
+
+A row's wishes beyond temperature and cuts, its `Extras`, cost memory traffic for all
+rows, so each program that draws has a second form with them (`full`). Extras that stay
+(counts of ids, biases) lie on the device, one row a slot; the mask of a grammar comes
+with each step.
+
+Shapes: `Feed` has what the host tells of b rows; logits float32 [b, v]; counts_sv int32
+for s slots, ids of the prompt as PROMPT, those of the answer as 1 each; bias_sv
+float32; mask_bw uint32, bit i % 32 of word i // 32 for id i.
+Raises: nothing.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from qwen_jax import mesh
+from qwen_jax.models import decoder, paged
+from qwen_jax.models import sampling as sampling_lib
+from qwen_jax.serve import request as request_lib
+
+PROMPT = 1 << 20  # above any count of ids in an answer
+TOP = request_lib.MAX_LOGPROBS
+
+
+@struct.dataclass
+class Feed:
+    """What the host tells of the rows of a step.
+
+    token_b: the newest id of each. real_b: 1, or 0 for a row that only fills the
+    bucket. step_b: number of the id that is drawn, within its answer. wishes: sampling.
+    """
+
+    token_b: jax.Array
+    real_b: jax.Array
+    step_b: jax.Array
+    places: paged.Places
+    wishes: sampling_lib.Rows
+
+
+@struct.dataclass
+class Extras:
+    """Counts of ids and biases, by slot."""
+
+    counts_sv: jax.Array
+    bias_sv: jax.Array
+
+
+@struct.dataclass
+class Told:
+    """Log-probabilities of the drawn id and of the likeliest, before anything cuts."""
+
+    chosen_b: jax.Array
+    top_bk: jax.Array
+    ids_bk: jax.Array
+
+
+def extras(slots: int, vocab_size: int) -> Extras:
+    """Of no answers yet; the last slot is nobody's."""
+    shape = (slots + 1, vocab_size)
+    return Extras(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def begin(kept: Extras, slot, counts_v, bias_v) -> Extras:
+    """A slot's counts and biases."""
+    return Extras(
+        kept.counts_sv.at[slot].set(counts_v), kept.bias_sv.at[slot].set(bias_v)
+    )
+
+
+def _draw(logits_bv, feed, kept, mask_bw):
+    """Ids of all rows, with extras where `kept` is there: (ids, told, kept)."""
+    wishes = feed.wishes
+    if kept is None:
+        return sampling_lib.draw(logits_bv, wishes, feed.step_b), None, None
+    told_bv = jax.nn.log_softmax(logits_bv, axis=-1)
+    slot_b = feed.places.slot_b
+    counts_bv = kept.counts_sv[slot_b]
+    scores_bv = sampling_lib.penalized(logits_bv, counts_bv > 0, wishes)
+    scores_bv = sampling_lib.counted(counts_bv % PROMPT, scores_bv, wishes)
+    scores_bv = scores_bv + kept.bias_sv[slot_b]
+    index_1v = jnp.arange(logits_bv.shape[1], dtype=jnp.uint32)[None]
+    word_bv = mask_bw[:, index_1v[0] // 32]
+    allowed_bv = (word_bv >> (index_1v % 32)) & 1 > 0
+    scores_bv = jnp.where(allowed_bv, scores_bv, -jnp.inf)
+    token_b = sampling_lib.draw(scores_bv, wishes, feed.step_b)
+    top_bk, ids_bk = jax.lax.top_k(told_bv, min(TOP, told_bv.shape[1]))
+    chosen_b = jnp.take_along_axis(told_bv, token_b[:, None], axis=1)[:, 0]
+    counts_sv = kept.counts_sv.at[slot_b, token_b].add(feed.real_b)
+    kept = kept.replace(counts_sv=counts_sv)
+    return token_b, Told(chosen_b, top_bk, ids_bk), kept
+
+
+@functools.partial(
+    jax.jit, static_argnames=("spec", "rules"), donate_argnames=("pages", "kept")
+)
+def decode(params, pages, kept, feed: Feed, mask_bw, *, spec, rules):
+    """One step of b rows: (ids [b], told or None, pages, kept)."""
+    hidden_btd, pages = paged.hidden(
+        spec,
+        params,
+        feed.token_b[:, None],
+        feed.real_b[:, None],
+        pages,
+        feed.places,
+        rules=rules,
+    )
+    logits_bv = _logits(spec, params, hidden_btd, rules)
+    token_b, told, kept = _draw(logits_bv, feed, kept, mask_bw)
+    return token_b, told, pages, kept
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "rules"), donate_argnames="pages")
+def prefill(params, pages, tokens_1t, count, places, *, spec, rules):
+    """A piece of one prompt, `count` tokens of it real: (logits after them, pages)."""
+    t = tokens_1t.shape[1]
+    real_1t = (jnp.arange(t)[None] < count).astype(jnp.int32)
+    hidden_1td, pages = paged.hidden(
+        spec, params, tokens_1t, real_1t, pages, places, rules=rules
+    )
+    hidden_11d = jax.lax.dynamic_slice_in_dim(hidden_1td, count - 1, 1, axis=1)
+    return _logits(spec, params, hidden_11d, rules), pages
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "rules"), donate_argnames="pages")
+def prompt_scores(params, pages, tokens_1t, next_t, count, places, *, spec, rules):
+    """As `prefill`, with what the model gave the id after each token: (logits after the
+    last, told of each, pages)."""
+    t = tokens_1t.shape[1]
+    real_1t = (jnp.arange(t)[None] < count).astype(jnp.int32)
+    hidden_1td, pages = paged.hidden(
+        spec, params, tokens_1t, real_1t, pages, places, rules=rules
+    )
+    size = 16  # rows of the vocabulary in memory at a time
+
+    def one(part):
+        hidden_qd, next_q = part
+        logits_qv = decoder.logits(spec, params, hidden_qd[None], rules)[0]
+        told_qv = jax.nn.log_softmax(mesh.reshard(logits_qv, jax.P(None, None)))
+        chosen_q = jnp.take_along_axis(told_qv, next_q[:, None], axis=1)[:, 0]
+        return Told(chosen_q, *jax.lax.top_k(told_qv, min(TOP, told_qv.shape[1])))
+
+    parts = hidden_1td.reshape(-1, size, hidden_1td.shape[-1])
+    told = jax.lax.map(one, (parts, next_t.reshape(-1, size)))
+    told = jax.tree.map(lambda x: x.reshape(t, *x.shape[2:]), told)
+    hidden_11d = jax.lax.dynamic_slice_in_dim(hidden_1td, count - 1, 1, axis=1)
+    return _logits(spec, params, hidden_11d, rules), told, pages
+
+
+@functools.partial(jax.jit, donate_argnames="kept")
+def first(logits_1v, kept, feed: Feed, mask_1w) -> Any:
+    """The first id of an answer: (ids [1], told or None, kept)."""
+    return _draw(logits_1v, feed, kept, mask_1w)
+
+
+def _logits(spec, params, hidden_btd, rules):
+    logits_btv = decoder.logits(spec, params, hidden_btd, rules)
+    return mesh.reshard(logits_btv[:, -1], jax.P(None, None))

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows run, which wait, and whose the pages are: the host's side of an engine.
+
+Source: continuous batching (Orca, OSDI'22), pages that are taken back from the youngest
+row when they run out (arXiv 2309.06180), prompts in pieces beside decoding
+(Sarathi-Serve, arXiv 2403.02310). A `Row` is one answer in the making. `plan` says what
+the next step does: at most one piece of a prompt, and one token for every row that has
+its prompt in. Rows are admitted in the order they came; one that was preempted goes to
+the front of the queue with what it has said, and its tokens are computed anew (as far
+as no page of them was kept).
+
+Invariants: a page is free, or one row's, or a node's of `prefix.py`; page 0 is
+nobody's. A row that runs has pages for all its tokens and the next. The pages that a
+row shares are whole, so no row writes into them. Nothing here touches a device, and
+time is not looked at: the same calls give the same plans.
+Raises: nothing; what can never fit is refused before it comes here.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.serve import prefix as prefix_lib
+from qwen_jax.serve import request as request_lib
+
+
+class Row:
+    """One answer: its ids, and where they lie.
+
+    ids: of prompt and answer. length: how many of them are in pages. table: pages in
+    order, 0 behind the last. answer: what makes text of ids (the engine's).
+    """
+
+    def __init__(self, request: request_lib.Request, index: int, table_pages: int):
+        self.request, self.index = request, index
+        self.ids = list(request.prompt)
+        self.length = 0
+        self.slot = -1
+        self.nodes: list[prefix_lib.Node] = []
+        self.pages: list[int] = []  # its own, behind those of its nodes
+        self.table = np.zeros(table_pages, np.int32)
+        self.cached = 0  # tokens of the prompt that were there when it first ran
+        self.ran = False
+        self.answer: Any = None
+
+    @property
+    def said(self) -> int:
+        """Ids of the answer so far."""
+        return len(self.ids) - len(self.request.prompt)
+
+    @property
+    def wanted(self) -> int:
+        """Tokens that go in before the next id can be drawn by a decoding step."""
+        return len(self.ids) - (1 if self.said else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """A piece of a prompt: tokens start .. start + count of `row`."""
+
+    row: Row
+    start: int
+    count: int
+
+    @property
+    def last(self) -> bool:
+        """Whether the row has all it wants after this."""
+        return self.start + self.count == self.row.wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step does; preempted: rows that lost their pages to others."""
+
+    prefill: Prefill | None
+    decode: list[Row]
+    preempted: list[Row]
+
+    def __bool__(self) -> bool:
+        return self.prefill is not None or bool(self.decode)
+
+
+class Scheduler:
+    """The queue, the rows that run, and the pages.
+
+    Args:
+      rows: most rows that run at once.
+      pages: pages of the pool, page 0 among them.
+      page_tokens: tokens of a page.
+      piece: most tokens of a prompt that a step computes, a multiple of the page.
+      sharing: whether whole pages are kept for prompts that begin alike.
+    """
+
+    def __init__(
+        self, *, rows: int, pages: int, page_tokens: int, piece: int, sharing: bool
+    ):
+        self.page_tokens, self.piece, self.sharing = page_tokens, piece, sharing
+        self.total = pages - 1
+        self.waiting: collections.deque[Row] = collections.deque()
+        self.running: list[Row] = []  # in the order they were admitted
+        self.prefix = prefix_lib.Prefix(page_tokens)
+        self._slots = list(range(rows - 1, -1, -1))
+        self._free = list(range(pages - 1, 0, -1))
+        self.asked = self.found = self.preempted = 0
+
+    @property
+    def used(self) -> int:
+        """Pages that rows have, alone or together."""
+        return self.total - len(self._free) - self.prefix.unused
+
+    def add(self, row: Row) -> None:
+        """One more row in the queue."""
+        self.waiting.append(row)
+
+    def plan(self) -> Plan:
+        """What the next step does; rows and pages are as it needs them."""
+        preempted: list[Row] = []
+        decode = []
+        for row in list(self.running):
+            if row.slot >= 0 and row.length == len(row.ids) - 1 and row.said:
+                if self._room(row, preempted):
+                    decode.append(row)
+        decode = [row for row in decode if row.slot >= 0]
+        if not preempted:
+            self._admit()
+        prefill = None
+        for row in self.running:
+            if row.length < row.wanted:
+                count = min(self.piece, row.wanted - row.length)
+                prefill = Prefill(row, row.length, count)
+                break
+        decode += self._ready(decode)
+        return Plan(prefill, decode, preempted)
+
+    def _ready(self, decode: Sequence[Row]) -> list[Row]:
+        """Rows that were admitted just now with all they want in shared pages."""
+        there = set(map(id, decode))
+        return [
+            row
+            for row in self.running
+            if id(row) not in there and row.said and row.length == row.wanted
+        ]
+
+    def _room(self, row: Row, preempted: list[Row]) -> bool:
+        """A page for the next token of `row`, from the youngest rows where none is
+        free; False when `row` itself had to give way."""
+        if row.length < self.page_tokens * (len(row.nodes) + len(row.pages)):
+            return True
+        while (page := self._page()) is None:
+            victim = self.running[-1]
+            self._leave(victim)
+            self.waiting.appendleft(victim)
+            self.preempted += 1
+            preempted.append(victim)
+            if victim is row:
+                return False
+        self._give(row, [page])
+        return True
+
+    def _page(self) -> int | None:
+        if not self._free:
+            self._free += self.prefix.evict(1)
+        return self._free.pop() if self._free else None
+
+    def _give(self, row: Row, pages: list[int]) -> None:
+        at = len(row.nodes) + len(row.pages)
+        row.table[at : at + len(pages)] = pages
+        row.pages += pages
+
+    def _admit(self) -> None:
+        while self.waiting and self._slots:
+            row = self.waiting[0]
+            nodes = []
+            if self.sharing and row.request.prompt_logprobs is None:
+                nodes = self.prefix.match(row.request.salt, row.ids)
+            need = -(-(len(row.ids) + 1) // self.page_tokens) - len(nodes)
+            if need > len(self._free) + self.prefix.unused:
+                self.prefix.release(nodes)
+                return
+            self.waiting.popleft()
+            if need > len(self._free):
+                self._free += self.prefix.evict(need - len(self._free))
+            row.nodes = nodes
+            row.table[: len(nodes)] = [node.page for node in nodes]
+            self._give(row, [self._free.pop() for _ in range(need)])
+            row.length = len(nodes) * self.page_tokens
+            row.slot = self._slots.pop()
+            if not row.ran:
+                row.ran, row.cached = True, row.length
+                self.asked += len(row.ids)
+                self.found += row.length
+            self.running.append(row)
+
+    def wrote(self, row: Row, count: int) -> None:
+        """`count` more of the row's ids are in its pages; whole ones can be shared."""
+        row.length += count
+        c = self.page_tokens
+        while self.sharing and (len(row.nodes) + 1) * c <= row.length:
+            at = len(row.nodes)
+            parent = row.nodes[-1] if row.nodes else None
+            ids, page = tuple(row.ids[at * c : (at + 1) * c]), row.pages[0]
+            node, new = self.prefix.insert(row.request.salt, parent, ids, page)
+            row.pages.pop(0)
+            row.nodes.append(node)
+            if not new:  # another row computed the same page before: that one is kept
+                self._free.append(page)
+                row.table[at] = node.page
+
+    def _leave(self, row: Row) -> None:
+        """The row without slot and pages; shared ones may stay for others."""
+        self.running.remove(row)
+        self._slots.append(row.slot)
+        self.prefix.release(row.nodes)
+        self._free += row.pages
+        row.slot, row.length, row.nodes, row.pages = -1, 0, [], []
+        row.table[:] = 0
+
+    def end(self, row: Row) -> None:
+        """The row is over, wherever it is."""
+        if row.slot >= 0:
+            self._leave(row)
+        elif row in self.waiting:
+            self.waiting.remove(row)
+
+    def rows(self, fits: Callable[[Row], bool]) -> list[Row]:
+        """Rows, running or waiting, that fit."""
+        return [row for row in (*self.running, *self.waiting) if fits(row)]
