@@ -2,8 +2,8 @@
 """Ids of an answer as they come -> text that may be told, and whether it is over.
 
 Whole code points only, and nothing that may be the beginning of a stop text. The first
-of these ends an answer: an id that does, a stop text that is whole, a grammar that wants
-no more, the most ids that were asked for.
+of these ends an answer: an id that does, a stop text that is whole, a grammar that
+wants no more, the most ids that were asked for.
 Raises: nothing.
 """
 

@@ -4,12 +4,15 @@
 `decode`: the next id of b rows that have one token to go in each; `prefill`: a piece of
 one prompt, with the scores after its last token; `first`: the id that is drawn from
 them; `prompt_scores`: as `prefill`, with what the model gave each next id. b is one of
-a few buckets, so few programs are compiled: see `engine.Settings`.
+a few buckets, so few programs are compiled: see `device.Settings`.
 
 A row's wishes beyond temperature and cuts, its `Extras`, cost memory traffic for all
 rows, so each program that draws has a second form with them (`full`). Extras that stay
 (counts of ids, biases) lie on the device, one row a slot; the mask of a grammar comes
 with each step.
+
+A step can be given to the device before the ids of the last one are known to the host:
+the newest id of every slot stays on the device, in last_s.
 
 Shapes: `Feed` has what the host tells of b rows; logits float32 [b, v]; counts_sv int32
 for s slots, ids of the prompt as PROMPT, those of the answer as 1 each; bias_sv
@@ -18,6 +21,7 @@ Raises: nothing.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -37,8 +41,9 @@ TOP = request_lib.MAX_LOGPROBS
 class Feed:
     """What the host tells of the rows of a step.
 
-    token_b: the newest id of each. real_b: 1, or 0 for a row that only fills the
-    bucket. step_b: number of the id that is drawn, within its answer. wishes: sampling.
+    token_b: the newest id of each, or -1 for the one in last_s. real_b: 1, or 0 for a
+    row that only fills the bucket. step_b: number of the id that is drawn, within its
+    answer. wishes: sampling.
     """
 
     token_b: jax.Array
@@ -103,14 +108,17 @@ def _draw(logits_bv, feed, kept, mask_bw):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("spec", "rules"), donate_argnames=("pages", "kept")
+    jax.jit,
+    static_argnames=("spec", "rules"),
+    donate_argnames=("pages", "kept", "last_s"),
 )
-def decode(params, pages, kept, feed: Feed, mask_bw, *, spec, rules):
-    """One step of b rows: (ids [b], told or None, pages, kept)."""
+def decode(params, pages, kept, last_s, feed: Feed, mask_bw, *, spec, rules):
+    """One step of b rows: (ids [b], told or None, pages, kept, last_s)."""
+    token_b = jnp.where(feed.token_b < 0, last_s[feed.places.slot_b], feed.token_b)
     hidden_btd, pages = paged.hidden(
         spec,
         params,
-        feed.token_b[:, None],
+        token_b[:, None],
         feed.real_b[:, None],
         pages,
         feed.places,
@@ -118,7 +126,8 @@ def decode(params, pages, kept, feed: Feed, mask_bw, *, spec, rules):
     )
     logits_bv = _logits(spec, params, hidden_btd, rules)
     token_b, told, kept = _draw(logits_bv, feed, kept, mask_bw)
-    return token_b, told, pages, kept
+    last_s = last_s.at[feed.places.slot_b].set(token_b)
+    return token_b, told, pages, kept, last_s
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "rules"), donate_argnames="pages")
@@ -142,7 +151,7 @@ def prompt_scores(params, pages, tokens_1t, next_t, count, places, *, spec, rule
     hidden_1td, pages = paged.hidden(
         spec, params, tokens_1t, real_1t, pages, places, rules=rules
     )
-    size = 16  # rows of the vocabulary in memory at a time
+    size = math.gcd(t, 16)  # rows of the vocabulary in memory at a time
 
     def one(part):
         hidden_qd, next_q = part
@@ -158,10 +167,11 @@ def prompt_scores(params, pages, tokens_1t, next_t, count, places, *, spec, rule
     return _logits(spec, params, hidden_11d, rules), told, pages
 
 
-@functools.partial(jax.jit, donate_argnames="kept")
-def first(logits_1v, kept, feed: Feed, mask_1w) -> Any:
-    """The first id of an answer: (ids [1], told or None, kept)."""
-    return _draw(logits_1v, feed, kept, mask_1w)
+@functools.partial(jax.jit, donate_argnames=("kept", "last_s"))
+def first(logits_1v, kept, last_s, feed: Feed, mask_1w) -> Any:
+    """The first id of an answer: (ids [1], told or None, kept, last_s)."""
+    token_1, told, kept = _draw(logits_1v, feed, kept, mask_1w)
+    return token_1, told, kept, last_s.at[feed.places.slot_b].set(token_1)
 
 
 def _logits(spec, params, hidden_btd, rules):

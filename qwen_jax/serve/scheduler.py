@@ -9,6 +9,8 @@ its prompt in. Rows are admitted in the order they came; one that was preempted 
 the front of the queue with what it has said, and its tokens are computed anew (as far
 as no page of them was kept).
 
+Ids may be a step behind: a row is planned with what the device was given to do.
+
 Invariants: a page is free, or one row's, or a node's of `prefix.py`; page 0 is
 nobody's. A row that runs has pages for all its tokens and the next. The pages that a
 row shares are whole, so no row writes into them. Nothing here touches a device, and
@@ -18,7 +20,7 @@ Raises: nothing; what can never fit is refused before it comes here.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,15 +32,18 @@ from qwen_jax.serve import request as request_lib
 class Row:
     """One answer: its ids, and where they lie.
 
-    ids: of prompt and answer. length: how many of them are in pages. table: pages in
-    order, 0 behind the last. answer: what makes text of ids (the engine's).
+    ids: of prompt and answer, as far as they are known. ahead: ids that were given to
+    the device to draw and are not known yet. length: tokens in pages, once the device
+    has done what it was given. table: pages in order, 0 behind the last. answer: what
+    makes text of ids (the engine's).
     """
 
     def __init__(self, request: request_lib.Request, index: int, table_pages: int):
         self.request, self.index = request, index
         self.ids = list(request.prompt)
-        self.length = 0
+        self.length = self.ahead = 0
         self.slot = -1
+        self.over = False
         self.nodes: list[prefix_lib.Node] = []
         self.pages: list[int] = []  # its own, behind those of its nodes
         self.table = np.zeros(table_pages, np.int32)
@@ -48,13 +53,18 @@ class Row:
 
     @property
     def said(self) -> int:
-        """Ids of the answer so far."""
-        return len(self.ids) - len(self.request.prompt)
+        """Ids of the answer so far, those that are not known yet included."""
+        return len(self.ids) + self.ahead - len(self.request.prompt)
 
     @property
     def wanted(self) -> int:
         """Tokens that go in before the next id can be drawn by a decoding step."""
-        return len(self.ids) - (1 if self.said else 0)
+        return len(self.ids) + self.ahead - (1 if self.said else 0)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a decoding step can draw its next id."""
+        return 0 < self.said < self.request.max_tokens and self.length == self.wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +125,14 @@ class Scheduler:
         """One more row in the queue."""
         self.waiting.append(row)
 
-    def plan(self) -> Plan:
-        """What the next step does; rows and pages are as it needs them."""
+    def plan(self) -> Plan | None:
+        """What the next step does; rows and pages are as it needs them. None when a row
+        has to give way and ids are not known yet: call again when they are."""
         preempted: list[Row] = []
-        decode = []
         for row in list(self.running):
-            if row.slot >= 0 and row.length == len(row.ids) - 1 and row.said:
-                if self._room(row, preempted):
-                    decode.append(row)
-        decode = [row for row in decode if row.slot >= 0]
+            if row.slot >= 0 and row.goes_on and not self._room(row, preempted):
+                if row.slot >= 0:
+                    return None
         if not preempted:
             self._admit()
         prefill = None
@@ -132,25 +141,19 @@ class Scheduler:
                 count = min(self.piece, row.wanted - row.length)
                 prefill = Prefill(row, row.length, count)
                 break
-        decode += self._ready(decode)
+        # Those among them that were admitted just now have all they want already.
+        decode = [row for row in self.running if row.goes_on]
         return Plan(prefill, decode, preempted)
-
-    def _ready(self, decode: Sequence[Row]) -> list[Row]:
-        """Rows that were admitted just now with all they want in shared pages."""
-        there = set(map(id, decode))
-        return [
-            row
-            for row in self.running
-            if id(row) not in there and row.said and row.length == row.wanted
-        ]
 
     def _room(self, row: Row, preempted: list[Row]) -> bool:
         """A page for the next token of `row`, from the youngest rows where none is
-        free; False when `row` itself had to give way."""
+        free; False when `row` itself had to give way, or one that cannot yet."""
         if row.length < self.page_tokens * (len(row.nodes) + len(row.pages)):
             return True
         while (page := self._page()) is None:
             victim = self.running[-1]
+            if victim.ahead:
+                return False
             self._leave(victim)
             self.waiting.appendleft(victim)
             self.preempted += 1
@@ -194,11 +197,10 @@ class Scheduler:
                 self.found += row.length
             self.running.append(row)
 
-    def wrote(self, row: Row, count: int) -> None:
-        """`count` more of the row's ids are in its pages; whole ones can be shared."""
-        row.length += count
-        c = self.page_tokens
-        while self.sharing and (len(row.nodes) + 1) * c <= row.length:
+    def share(self, row: Row) -> None:
+        """Whole pages of the row, where their ids are known, can be shared."""
+        c, known = self.page_tokens, min(row.length, len(row.ids))
+        while self.sharing and (len(row.nodes) + 1) * c <= known:
             at = len(row.nodes)
             parent = row.nodes[-1] if row.nodes else None
             ids, page = tuple(row.ids[at * c : (at + 1) * c]), row.pages[0]
@@ -220,6 +222,7 @@ class Scheduler:
 
     def end(self, row: Row) -> None:
         """The row is over, wherever it is."""
+        row.over = True
         if row.slot >= 0:
             self._leave(row)
         elif row in self.waiting:

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine's weights, pages and programs: rows in, ids out, nothing waited for.
+
+`Settings` says how much an engine holds and so which shapes its programs are compiled
+for. A `Device` turns rows of the scheduler into arrays and hands them to `programs.py`;
+what it gives back are arrays that the device may still be computing.
+
+Invariants: everything is compiled by `warm`; pages and states are changed by programs
+in the order they are called, so a page may be given to another row at once.
+Raises: config.InputError for settings that do not fit.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax import config, mesh
+from qwen_jax.models import decode, paged
+from qwen_jax.models import sampling as sampling_lib
+from qwen_jax.models import spec as spec_lib
+from qwen_jax.serve import programs, scheduler
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much an engine holds.
+
+    rows: most answers at once. page_tokens: tokens of a page. pages: of the pool; 0
+    for what `memory_bytes` holds, at most what all rows can fill. max_tokens: longest
+    prompt and answer together; 0 for the model's positions, at most 32,768. piece: most
+    tokens of a prompt in a step, a multiple of the page. max_waiting: most requests in
+    the queue. sharing: keep pages for prompts that begin alike.
+    """
+
+    rows: int = 16
+    page_tokens: int = 32
+    pages: int = 0
+    memory_bytes: int = 2 << 30
+    max_tokens: int = 0
+    piece: int = 256
+    max_waiting: int = 256
+    sharing: bool = True
+
+    def __post_init__(self):
+        for name in ("rows", "page_tokens", "piece", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise config.InputError(
+                    f"{name}={getattr(self, name)}: wanted at least 1"
+                )
+        if self.piece % self.page_tokens:
+            raise config.InputError(
+                f"piece={self.piece}: wanted a multiple of page_tokens="
+                f"{self.page_tokens}"
+            )
+
+    def longest(self, spec: spec_lib.Spec) -> int:
+        """The longest prompt and answer of a model."""
+        most = self.max_tokens or min(spec.max_positions, 32_768)
+        if most > spec.max_positions:
+            raise config.InputError(
+                f"max_tokens={most}: the model has {spec.max_positions} positions"
+            )
+        return most
+
+    def pool(self, spec: spec_lib.Spec) -> int:
+        """Pages of the pool, page 0 among them."""
+        if self.pages:
+            return self.pages
+        room = self.memory_bytes // paged.page_bytes(spec, self.page_tokens)
+        return min(room, self.rows * -(-self.longest(spec) // self.page_tokens)) + 1
+
+    def row_buckets(self) -> tuple[int, ...]:
+        """Numbers of rows that decoding is compiled for."""
+        powers = itertools.takewhile(
+            lambda b: b < self.rows, (1 << i for i in range(20))
+        )
+        return (*powers, self.rows)
+
+    def piece_buckets(self) -> tuple[int, ...]:
+        """Sizes of pieces that prompts are computed in."""
+        sizes, size = [], self.piece
+        while size > self.page_tokens and size % (4 * self.page_tokens) == 0:
+            sizes.append(size)
+            size //= 4
+        return (*sorted({self.page_tokens, *sizes, self.piece}),)
+
+
+def is_full(row: scheduler.Row) -> bool:
+    """Whether a row wants more than temperature and cuts."""
+    request, wish = row.request, row.request.sampling
+    return bool(
+        request.logprobs is not None
+        or request.logit_bias
+        or row.answer.matcher is not None
+        or wish.repetition_penalty != 1
+        or wish.presence_penalty
+        or wish.frequency_penalty
+    )
+
+
+class Device:
+    """See the module docstring; arguments as of `engine.Engine`."""
+
+    def __init__(
+        self,
+        spec: spec_lib.Spec,
+        params: Any,
+        settings: Settings,
+        rules: mesh.Rules | None,
+    ):
+        paged.check(spec)
+        self.spec, self.settings = spec, settings
+        self.rules = dataclasses.replace(rules or mesh.Rules(), batch=None)
+        self.table_pages = -(-settings.longest(spec) // settings.page_tokens)
+        self.pool = settings.pool(spec)
+        if self.pool < 2:
+            raise config.InputError(
+                f"memory_bytes={settings.memory_bytes} holds no page of "
+                f"{paged.page_bytes(spec, settings.page_tokens):,} bytes"
+            )
+        self.max_tokens = min(
+            settings.longest(spec), (self.pool - 1) * settings.page_tokens
+        )
+        self._mesh = jax.sharding.get_mesh()
+        self._params = decode.laid_out(spec, params)
+        self._how = {"spec": spec, "rules": self.rules}
+        self._free_masks: dict[int, np.ndarray] = {}
+        self.empty()
+
+    def empty(self) -> None:
+        """Pages and states of nobody, as at the start."""
+        settings = self.settings
+        with jax.set_mesh(self._mesh):
+            made = (
+                paged.init(
+                    self.spec,
+                    self.pool,
+                    settings.page_tokens,
+                    settings.rows,
+                    self.rules,
+                ),
+                programs.extras(settings.rows, self.spec.vocab_size),
+                jnp.zeros(settings.rows + 1, jnp.int32),
+            )
+            # Copied: parts may be one array, and each is given away only once.
+            self._pages, self._extras, self._last_s = jax.tree.map(jnp.copy, made)
+        self._wishes: tuple[Any, Any] = (None, None)
+        self._biased: set[int] = set()  # slots
+
+    def prefill(self, now: scheduler.Prefill) -> tuple[Any, programs.Told | None]:
+        """A piece of a prompt: (scores after it, what its next ids were given)."""
+        row, ids = now.row, now.row.ids[now.start : now.start + now.count]
+        size = next(s for s in self.settings.piece_buckets() if s >= now.count)
+        tokens_1t = np.zeros((1, size), np.int32)
+        tokens_1t[0, : now.count] = ids
+        places = paged.Places(
+            row.table[None].copy(),  # the device may read it after it has changed
+            np.array([now.start], np.int32),
+            np.array([row.slot], np.int32),
+        )
+        count, told = np.int32(now.count), None
+        operands = (self._params, self._pages, tokens_1t)
+        if row.request.prompt_logprobs is None or row.said:
+            logits_1v, self._pages = programs.prefill(
+                *operands, count, places, **self._how
+            )
+        else:
+            next_t = np.zeros(size, np.int32)
+            after = row.ids[now.start + 1 : now.start + now.count + 1]
+            next_t[: len(after)] = after
+            logits_1v, told, self._pages = programs.prompt_scores(
+                *operands, next_t, count, places, **self._how
+            )
+        if now.last and (is_full(row) or row.slot in self._biased):
+            self._begin(row)
+        return logits_1v, told
+
+    def first(self, row: scheduler.Row, logits_1v: jax.Array):
+        """The first id of an answer: (ids [1], told or None)."""
+        full = is_full(row)
+        return self._first(logits_1v, full, *self._feed([row], 1, full))
+
+    def _first(self, logits_1v, full, feed, mask_bw):
+        kept = self._extras if full else None
+        token_b, told, kept, self._last_s = programs.first(
+            logits_1v, kept, self._last_s, feed, mask_bw
+        )
+        self._extras = kept if full else self._extras
+        return token_b, told
+
+    def decode(self, rows: list[scheduler.Row]):
+        """One more id of each row: (ids [b], told or None)."""
+        b = next(b for b in self.settings.row_buckets() if b >= len(rows))
+        full = any(is_full(row) for row in rows)
+        return self._decode(full, *self._feed(rows, b, full))
+
+    def _decode(self, full, feed, mask_bw):
+        token_b, told, self._pages, kept, self._last_s = programs.decode(
+            self._params,
+            self._pages,
+            self._extras if full else None,
+            self._last_s,
+            feed,
+            mask_bw,
+            **self._how,
+        )
+        self._extras = kept if full else self._extras
+        return token_b, told
+
+    def _begin(self, row: scheduler.Row) -> None:
+        """Counts and biases of a row into its slot."""
+        counts_v = np.zeros(self.spec.vocab_size, np.int32)
+        counts_v[np.asarray(row.request.prompt)] = programs.PROMPT
+        np.add.at(counts_v, np.asarray(row.ids[len(row.request.prompt) :], int), 1)
+        bias_v = np.zeros(self.spec.vocab_size, np.float32)
+        for token, bias in row.request.logit_bias.items():
+            bias_v[token] = bias
+        # What others left there would be added to rows that have no biases of their own.
+        (self._biased.add if row.request.logit_bias else self._biased.discard)(row.slot)
+        slot = np.int32(row.slot)
+        self._extras = programs.begin(self._extras, slot, counts_v, bias_v)
+
+    def _feed(self, rows: list[scheduler.Row], b: int, full: bool):
+        """What the host tells of rows: (Feed, masks or None)."""
+        token_b, real_b, step_b, length_b = np.zeros((4, b), np.int32)
+        slot_b = np.full(b, self.settings.rows, np.int32)
+        table_bp = np.zeros((b, self.table_pages), np.int32)
+        for i, row in enumerate(rows):
+            token_b[i] = -1 if row.ahead else row.ids[-1]
+            real_b[i], step_b[i] = 1, row.said
+            length_b[i], slot_b[i], table_bp[i] = row.length, row.slot, row.table
+        key = (b, *((row.request.id, row.index) for row in rows))
+        if self._wishes[0] != key:
+            wishes = [
+                dataclasses.replace(
+                    row.request.sampling,
+                    seed=(row.request.sampling.seed + row.index) % 2**64,
+                )
+                for row in rows
+            ]
+            wishes += [sampling_lib.Sampling()] * (b - len(rows))
+            self._wishes = key, jax.tree.map(jnp.asarray, sampling_lib.stack(wishes))
+        places = paged.Places(table_bp, length_b, slot_b)
+        feed = programs.Feed(token_b, real_b, step_b, places, self._wishes[1])
+        return feed, self._masks(rows, b) if full else None
+
+    def _masks(self, rows: list[scheduler.Row], b: int) -> np.ndarray:
+        words = -(-self.spec.vocab_size // 32)
+        if b not in self._free_masks:
+            self._free_masks[b] = np.full((b, words), 0xFFFFFFFF, np.uint32)
+        if all(row.answer.matcher is None for row in rows):
+            return self._free_masks[b]
+        mask_bw = self._free_masks[b].copy()
+        for i, row in enumerate(rows):
+            if row.answer.matcher is not None:
+                told = row.answer.matcher.allowed()
+                mask_bw[i, : len(told)] = told[:words]
+                mask_bw[i, len(told) :] = 0
+        return mask_bw
+
+    def warm(self) -> int:
+        """Run every program once on rows that are nobody's; how many were compiled."""
+        before = compiled()
+        table = np.zeros((1, self.table_pages), np.int32)
+        nobody = np.array([self.settings.rows], np.int32)
+        places = paged.Places(table, np.zeros(1, np.int32), nobody)
+        for size in self.settings.piece_buckets():
+            tokens_1t, count = np.zeros((1, size), np.int32), np.int32(1)
+            logits_1v, self._pages = programs.prefill(
+                self._params, self._pages, tokens_1t, count, places, **self._how
+            )
+            next_t = np.zeros(size, np.int32)
+            logits_1v, _, self._pages = programs.prompt_scores(
+                self._params, self._pages, tokens_1t, next_t, count, places, **self._how
+            )
+        counts_v = np.zeros(self.spec.vocab_size, np.int32)
+        bias_v = counts_v.astype(np.float32)
+        self._extras = programs.begin(self._extras, nobody[0], counts_v, bias_v)
+        for full in (False, True):
+            self._first(logits_1v, full, *self._feed([], 1, full))
+            for b in self.settings.row_buckets():
+                self._decode(full, *self._feed([], b, full))
+        return compiled() - before
+
+
+def compiled() -> int:
+    """Programs compiled so far, of all engines."""
+    every = ("decode", "prefill", "prompt_scores", "first", "begin")
+    return sum(getattr(programs, name)._cache_size() for name in every)
