@@ -12,6 +12,7 @@ Raises: config.InputError for settings that do not fit.
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,7 +34,8 @@ class Settings:
     for what `memory_bytes` holds, at most what all rows can fill. max_tokens: longest
     prompt and answer together; 0 for the model's positions, at most 32,768. piece: most
     tokens of a prompt in a step, a multiple of the page. max_waiting: most requests in
-    the queue. sharing: keep pages for prompts that begin alike.
+    the queue. sharing: keep pages for prompts that begin alike. embeddings: compile
+    what vectors of documents need, too (for models without a head always).
     """
 
     rows: int = 16
@@ -44,6 +46,7 @@ class Settings:
     piece: int = 256
     max_waiting: int = 256
     sharing: bool = True
+    embeddings: bool = False
 
     def __post_init__(self):
         for name in ("rows", "page_tokens", "piece", "max_waiting"):
@@ -219,8 +222,10 @@ class Device:
         bias_v = np.zeros(self.spec.vocab_size, np.float32)
         for token, bias in row.request.logit_bias.items():
             bias_v[token] = bias
-        # What others left there would be added to rows that have no biases of their own.
-        (self._biased.add if row.request.logit_bias else self._biased.discard)(row.slot)
+        # What one leaves there would be added to the scores of the next.
+        self._biased.discard(row.slot)
+        if row.request.logit_bias:
+            self._biased.add(row.slot)
         slot = np.int32(row.slot)
         self._extras = programs.begin(self._extras, slot, counts_v, bias_v)
 
@@ -262,9 +267,30 @@ class Device:
                 mask_bw[i, len(told) :] = 0
         return mask_bw
 
+    def embed(self, ids: Sequence[int]) -> np.ndarray:
+        """The vector of one document: [d], of length 1."""
+        size = max(self.settings.piece, 1 << (len(ids) - 1).bit_length())
+        tokens_1t = np.zeros((1, size), np.int32)
+        tokens_1t[0, : len(ids)] = ids
+        count = np.int32(len(ids))
+        return np.asarray(
+            programs.embedding(self._params, tokens_1t, count, **self._how)
+        )
+
     def warm(self) -> int:
         """Run every program once on rows that are nobody's; how many were compiled."""
         before = compiled()
+        talks = self.spec.head == "tokens"
+        if self.settings.embeddings or not talks:
+            size = self.settings.piece
+            while size < 2 * self.max_tokens:
+                self.embed([0] * min(size, self.max_tokens))
+                size *= 2
+        if talks:
+            self._warm_talk()
+        return compiled() - before
+
+    def _warm_talk(self) -> None:
         table = np.zeros((1, self.table_pages), np.int32)
         nobody = np.array([self.settings.rows], np.int32)
         places = paged.Places(table, np.zeros(1, np.int32), nobody)
@@ -284,10 +310,9 @@ class Device:
             self._first(logits_1v, full, *self._feed([], 1, full))
             for b in self.settings.row_buckets():
                 self._decode(full, *self._feed([], b, full))
-        return compiled() - before
 
 
 def compiled() -> int:
     """Programs compiled so far, of all engines."""
-    every = ("decode", "prefill", "prompt_scores", "first", "begin")
+    every = ("decode", "prefill", "prompt_scores", "first", "begin", "embedding")
     return sum(getattr(programs, name)._cache_size() for name in every)

@@ -136,22 +136,46 @@ class Engine:
         Raises:
           config.InputError: naming what does not fit.
         """
+        if self.spec.head != "tokens":
+            raise config.InputError(
+                "this model has no head for tokens: it embeds and does not answer"
+            )
         most = len(request.prompt) + request.max_tokens
         if most > self.max_tokens:
             raise config.InputError(
                 f"a prompt of {len(request.prompt)} tokens and max_tokens="
                 f"{request.max_tokens} pass the {self.max_tokens} that fit here"
             )
-        bias = tuple(request.logit_bias)
-        for ids, name in ((request.prompt, "the prompt"), (bias, "logit_bias")):
-            if ids and not 0 <= min(ids) <= max(ids) < self.spec.vocab_size:
-                wrong = min(ids) if min(ids) < 0 else max(ids)
-                raise config.InputError(
-                    f"{name} holds id {wrong}, the model's ids are 0 to "
-                    f"{self.spec.vocab_size - 1}"
-                )
+        self._check_ids(request.prompt, "the prompt")
+        self._check_ids(tuple(request.logit_bias), "logit_bias")
         if request.stop and self.tokenizer is None:
             raise config.InputError("stop texts need an engine with a tokenizer")
+
+    def _check_ids(self, ids: Sequence[int], name: str) -> None:
+        if ids and not 0 <= min(ids) <= max(ids) < self.spec.vocab_size:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise config.InputError(
+                f"{name} holds id {wrong}, the model's ids are 0 to "
+                f"{self.spec.vocab_size - 1}"
+            )
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """The vector of each document's ids, of length 1: float32 [documents, d].
+
+        Any thread may call it; it waits for its result.
+
+        Raises:
+          config.InputError: an empty document, or one that is too long.
+        """
+        for ids in prompts:
+            if not 0 < len(ids) <= self.max_tokens:
+                raise config.InputError(
+                    f"a document of {len(ids)} tokens: wanted 1 to {self.max_tokens}"
+                )
+            self._check_ids(ids, "the document")
+        with jax.set_mesh(self._mesh):
+            made = [self._device.embed(ids) for ids in prompts]
+        return np.array(made, np.float32).reshape(len(made), self.spec.width)
 
     def cancel(self, request_id: str) -> None:
         """End a request; its unfinished answers end as "cancelled" at the next step."""

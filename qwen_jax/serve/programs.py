@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from qwen_jax import mesh
-from qwen_jax.models import decoder, paged
+from qwen_jax.models import decoder, heads, paged
 from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.serve import request as request_lib
 
@@ -172,6 +172,13 @@ def first(logits_1v, kept, last_s, feed: Feed, mask_1w) -> Any:
     """The first id of an answer: (ids [1], told or None, kept, last_s)."""
     token_1, told, kept = _draw(logits_1v, feed, kept, mask_1w)
     return token_1, told, kept, last_s.at[feed.places.slot_b].set(token_1)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "rules"))
+def embedding(params, tokens_1t, count, *, spec, rules):
+    """The vector of one document, `count` tokens of the row: [d], of length 1."""
+    real_1t = (jnp.arange(tokens_1t.shape[1])[None] < count).astype(jnp.int32)
+    return heads.embed(spec, params, tokens_1t, real_1t, rules=rules)[0]
 
 
 def _logits(spec, params, hidden_btd, rules):

@@ -435,6 +435,22 @@ def test_what_can_never_be_answered_is_refused(change, says):
     assert shared().load().waiting == 0
 
 
+def test_vectors_of_documents():
+    made, some = shared(), prompts(2, (5, 33, 40))
+    found = made.embed(some)
+    for row, one in zip(found, some, strict=True):
+        x = np.asarray(decoder.hidden(SPEC, weights(), np.array([one]))[0][0, -1])
+        np.testing.assert_allclose(row, x / np.linalg.norm(x), atol=1e-5)
+    with pytest.raises(config.InputError, match="a document of 0 tokens"):
+        made.embed([()])
+    bare = dataclasses.replace(SPEC, head="none", tie_embedding=True)
+    only = engine.Engine(bare, weights(bare), settings=SETTINGS)
+    assert only.warm() == 3  # rows of 32, 64 and 128 tokens
+    assert only.embed(some).shape == (3, 32) and only.warm() == 0
+    with pytest.raises(config.InputError, match="no head"):
+        only.submit(Request("x", (1,), 1), print)
+
+
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(config.InputError, match="multiple of page_tokens"):
         device.Settings(piece=20, page_tokens=8)
