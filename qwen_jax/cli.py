@@ -70,7 +70,7 @@ def parser() -> Parser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     verbs.add_parser(
         "bench",
-        help="measure: `bench train`, `decode`, `moe`, `load` (--help lists them)",
+        help="measure: `bench train`, `bench decode` and others (--help lists them)",
         add_help=False,
         allow_abbrev=False,
     )
@@ -326,6 +326,7 @@ BENCHES = {
     "train": "a training step, beside other libraries with --peers",
     "decode": "tokens a second with a cache, beside other libraries with --peers",
     "moe": "a layer of experts beside a plain matrix product",
+    "engine": "the serving engine beside a decoding loop by hand",
     "load": "weights from safetensors beside a plain read of the files",
 }
 

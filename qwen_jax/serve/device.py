@@ -39,7 +39,7 @@ class Settings:
     """
 
     rows: int = 16
-    page_tokens: int = 32
+    page_tokens: int = 64
     pages: int = 0
     memory_bytes: int = 2 << 30
     max_tokens: int = 0

@@ -24,6 +24,7 @@ full; Closed after `close`.
 import collections
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,6 +93,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closing = False
         self.steps = 0
+        self.plan_s = self.busy_s = 0.0  # in the scheduler, in steps at all
         self._empty()
 
     def _empty(self) -> None:
@@ -301,18 +303,23 @@ class Engine:
 
     def step(self) -> bool:
         """One step; False when there was nothing to do. Called by one thread only."""
+        began = time.perf_counter()
         with jax.set_mesh(self._mesh):
             try:
                 return self._step()
             except Exception as error:  # noqa: BLE001 - whatever it is, callers are told
                 self._fail(error)
                 return True
+            finally:
+                self.busy_s += time.perf_counter() - began
 
     def _step(self) -> bool:
+        began = time.perf_counter()
         with self._lock:
             self._take_in()
             plan = self._scheduler.plan()
             masked = any(row.answer.matcher for row in self._scheduler.running)
+        self.plan_s += time.perf_counter() - began
         if plan is None or (masked and self._flying):
             self._land(0)
             with self._lock:
