@@ -124,26 +124,48 @@ def test_a_prompt_that_was_there_is_not_computed_again(monkeypatch):
     assert ids_of(other) == ids_of(first)[:4]
 
 
-def test_answers_that_do_not_fit_at_once_give_way_and_come_back():
-    """So few pages that running rows are preempted; a schedule is drawn at random."""
-    settings = dataclasses.replace(SETTINGS, pages=18)
+def test_answers_do_not_depend_on_the_schedule():
+    """Fifty schedules drawn at random: alone, many at once, in pieces of either size,
+    found in the cache or not, cancelled beside, preempted for want of pages."""
+    settings = dataclasses.replace(SETTINGS, rows=16, pages=38)
     made = shared(SPEC, settings)
     draw = np.random.default_rng(3)
-    preempted = made.load().preempted
-    for turn in range(6):
-        some = prompts(turn, draw.integers(1, 60, 6))
-        requests = asked(some, 40)
+    every = prompts(1, draw.integers(1, 60, 24))
+    before, cached, largest = made.load().preempted, 0, 0
+    for turn in range(50):
+        made._scheduler.piece = int(draw.choice([8, 32]))
+        chosen = draw.choice(24, draw.integers(1, 20), replace=False)
+        if turn == 0:  # sixteen at once
+            chosen = np.argsort([len(one) for one in every])[:16]
+        requests = [
+            Request(
+                f"{turn}-{i}", every[i], int(draw.integers(1, 25)), salt="ab"[i % 2]
+            )
+            for i in chosen
+        ]
         told: dict[str, list[Piece]] = {request.id: [] for request in requests}
+        gone = set()
         for request in requests:
             made.submit(request, told[request.id].append)
-            for _ in range(draw.integers(0, 5)):
+            for _ in range(draw.integers(0, 4) if turn else 0):
                 made.step()
+            largest = max(largest, made.load().running)
+            if draw.random() < 0.1:
+                made.cancel(request.id)
+                gone.add(request.id)
         while made.in_flight:
             made.step()
+            largest = max(largest, made.load().running)
         for request in requests:
-            assert ids_of(told[request.id]) == by_hand(request.prompt, 40)
-    assert made.load().preempted > preempted
-    assert made.load().pages_used == 0
+            found = ids_of(told[request.id])
+            wanted = by_hand(request.prompt, 24)[: request.max_tokens]
+            if request.id in gone:
+                wanted = wanted[: len(found)]
+            assert found == wanted
+            cached += told[request.id][-1].usage.cached
+        assert made.load().pages_used == 0
+    assert made.load().preempted > before + 10
+    assert cached > 500 and largest == 16
 
 
 def test_draws_are_by_seed_and_number_whatever_else_runs():
