@@ -127,7 +127,7 @@ def test_a_prompt_that_was_there_is_not_computed_again(monkeypatch):
 def test_answers_do_not_depend_on_the_schedule():
     """Fifty schedules drawn at random: alone, many at once, in pieces of either size,
     found in the cache or not, cancelled beside, preempted for want of pages."""
-    settings = dataclasses.replace(SETTINGS, rows=16, pages=38)
+    settings = dataclasses.replace(SETTINGS, rows=16, pages=28)
     made = shared(SPEC, settings)
     draw = np.random.default_rng(3)
     every = prompts(1, draw.integers(1, [14] * 14 + [60] * 10))
