@@ -130,7 +130,7 @@ def test_answers_do_not_depend_on_the_schedule():
     settings = dataclasses.replace(SETTINGS, rows=16, pages=28)
     made = shared(SPEC, settings)
     draw = np.random.default_rng(3)
-    every = prompts(1, draw.integers(1, [14] * 14 + [60] * 10))
+    every = prompts(1, draw.integers(1, [8] * 16 + [60] * 8))
     before, cached, largest = made.load().preempted, 0, 0
     for turn in range(50):
         made._scheduler.piece = int(draw.choice([8, 32]))
