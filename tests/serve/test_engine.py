@@ -135,8 +135,9 @@ def test_answers_do_not_depend_on_the_schedule():
     for turn in range(50):
         made._scheduler.piece = int(draw.choice([8, 32]))
         chosen = draw.choice(24, draw.integers(1, 20), replace=False)
+        counts = draw.integers(1, 25, len(chosen))
         if turn == 0:  # sixteen at once
-            chosen = np.argsort([len(one) for one in every])[:16]
+            chosen, counts = np.argsort([len(one) for one in every])[:16], [24] * 16
         requests = [
             Request(
                 f"{turn}-{i}", every[i], int(draw.integers(1, 25)), salt="ab"[i % 2]
