@@ -139,10 +139,8 @@ def test_answers_do_not_depend_on_the_schedule():
         if turn == 0:  # sixteen at once
             chosen, counts = np.argsort([len(one) for one in every])[:16], [24] * 16
         requests = [
-            Request(
-                f"{turn}-{i}", every[i], int(draw.integers(1, 25)), salt="ab"[i % 2]
-            )
-            for i in chosen
+            Request(f"{turn}-{i}", every[i], int(count), salt="ab"[i % 2])
+            for i, count in zip(chosen, counts, strict=True)
         ]
         told: dict[str, list[Piece]] = {request.id: [] for request in requests}
         gone = set()
