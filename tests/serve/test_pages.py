@@ -82,6 +82,17 @@ class Arena(RuleBasedStateMachine):
             del self.live[unit]
             self.touched = unit // SLAB
 
+    @rule(size=st.sampled_from(CLASSES[:-1]))
+    def fill_and_thin_out(self, size):
+        """What is left is one page a slab: the slabs are ready to morph."""
+        while (unit := self.arena.alloc(size)) is not None:
+            self.live[unit] = (size, 0)
+        kept = {unit // SLAB: unit for unit in sorted(self.live, reverse=True)}
+        for unit in sorted(set(self.live) - set(kept.values())):
+            self.arena.free(unit)
+            del self.live[unit]
+        self.touched = ANY
+
     @rule(count=st.integers(0, 12), size=st.sampled_from(CLASSES))
     def alloc_many(self, count, size):
         units = self.arena.alloc_many(count, size)
