@@ -92,7 +92,7 @@ def read_current(folder: pathlib.Path) -> Current:
     if what:
         raise damaged(path, 0, what)
     _, _, slab, units, chunk, generation, copied, _ = _CURRENT.unpack(data)
-    if not slab or not MIN_CHUNK_BYTES <= chunk <= MAX_CHUNK_BYTES or chunk % 8:
+    if not 0 < slab <= 16 or not MIN_CHUNK_BYTES <= chunk <= MAX_CHUNK_BYTES:
         raise damaged(path, 0, f"slabs of 2^{slab - 1} units, chunks of {chunk} bytes")
     return Current(units + 1, 1 << (slab - 1), chunk, generation, copied)
 

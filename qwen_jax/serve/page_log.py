@@ -359,6 +359,7 @@ def create(
 
 def recover(
     folder: str | os.PathLike,
+    units: int | None = None,
     pages: pages_lib.Settings | None = None,
     settings: Settings = Settings(),
     *,
@@ -368,6 +369,7 @@ def recover(
 
     Args:
       folder: of the log.
+      units: that the arena must have; None for what the log says.
       pages: settings of the arena; its slab_units are the log's, whatever is given.
       settings: of the log; its chunk_bytes are the log's.
       disk: for tests.
@@ -377,6 +379,11 @@ def recover(
     place = disk(path)
     try:
         current = form.read_current(path)
+        if units not in (None, current.units):
+            raise config.InputError(
+                f"{path}: a log of {current.units} units, wanted units={units}; give "
+                "the cache its old size, or remove the folder (it begins empty)"
+            )
         log = Log(place, settings, current)
         state, end = _replay(path, log)
         made = _arena(path, state, pages)
@@ -393,7 +400,7 @@ def recover(
 
 
 def read(folder: str | os.PathLike) -> pages_lib.State:
-    """What `recover` would give, with the folder left as it is."""
+    """What `recover` would give; for a log that nobody writes to, and left as it is."""
     path = pathlib.Path(folder)
     log = Log(None, Settings(), form.read_current(path))
     state, _ = _replay(path, log)

@@ -122,11 +122,11 @@ class Folder:
 
 def recovered(path):
     """The state, after making sure that recovering again changes nothing."""
-    arena = page_log.recover(path, ARENA, SMALL)
+    arena = page_log.recover(path, UNITS, ARENA, SMALL)
     state = arena.state()
     arena.log.close()
     files = {p.name: p.read_bytes() for p in path.iterdir()}
-    again = page_log.recover(path, ARENA, SMALL)
+    again = page_log.recover(path, UNITS, ARENA, SMALL)
     again.log.close()
     assert again.state() == state
     assert {p.name: p.read_bytes() for p in path.iterdir()} == files
@@ -153,7 +153,7 @@ def test_every_byte_prefix_is_the_replay_of_its_whole_entries(tmp_path):
 
 @pytest.mark.parametrize("how", [OFTEN, COPIES], ids=["unlinking", "copying"])
 def test_a_kill_amid_collection_gives_a_step_and_never_an_earlier_one(tmp_path, how):
-    seen, marks, arena = history(tmp_path, how, 150)
+    seen, marks, arena = history(tmp_path, how, 120)
     assert {"append", "unlink", "replace"} == {what for what, *_ in seen}
     assert (arena.log.fast > 2) == (how is OFTEN)
     assert (arena.log.slow > 2) == (how is COPIES)
@@ -166,7 +166,7 @@ def test_a_kill_amid_collection_gives_a_step_and_never_an_earlier_one(tmp_path, 
         step = sum(mark[0] <= change for mark in marks)
         near = [i for i in (step - 1, step) if before <= i < len(marks)]
         path = place.fill(files)
-        state = recovered(path) if number % 7 == 0 else page_log.read(path)
+        state = recovered(path) if number % 13 == 0 else page_log.read(path)
         fits = [i for i in near if marks[i][1].pages == state.pages]
         assert fits
         before = max(before, fits[0])
@@ -183,7 +183,7 @@ def test_what_comes_back_goes_on(tmp_path):
         place = Folder(tmp_path / f"cut{number}")
         place.fill(draw.choice(choices))
         for seed in range(3):
-            arena = page_log.recover(place.path, ARENA, OFTEN)
+            arena = page_log.recover(place.path, UNITS, ARENA, OFTEN)
             for page in arena.state().pages[::2]:
                 arena.free(page.unit)
             work(arena, 40, seed)
@@ -217,7 +217,7 @@ class Killed(RuleBasedStateMachine):
     def kill(self):
         before = self.arena.state()
         self.arena.log._disk.close()  # nothing is flushed: all was written
-        self.arena = page_log.recover(self.path, ARENA, self.how)
+        self.arena = page_log.recover(self.path, UNITS, ARENA, self.how)
         assert self.arena.state() == before
 
     @invariant()
@@ -462,7 +462,7 @@ def test_what_is_held_back_is_lost_and_nothing_else(tmp_path):
     arena.alloc_many(3)
     before = arena.state().pages
     arena.log._disk.close()
-    back = page_log.recover(tmp_path / "log", ARENA)
+    back = page_log.recover(tmp_path / "log", UNITS, ARENA)
     assert back.state().pages == before[:8]
     more = back.alloc_many(2)
     back.log.close()
@@ -493,7 +493,7 @@ def test_a_full_disk_is_no_wrong_heap(tmp_path):
             lambda: marks.append((arena.log.entries_written, arena.state().pages)),
         )
     arena.log._disk.close()
-    back = page_log.recover(tmp_path / "log", ARENA)
+    back = page_log.recover(tmp_path / "log", UNITS, ARENA)
     assert back.state().pages == max(m for m in marks if m[0] <= 5)[1]
     more = back.alloc_many(20)
     back.log.close()
@@ -524,5 +524,7 @@ def test_one_log_one_writer_and_no_other_file_is_touched(tmp_path):
     with pytest.raises(config.InputError, match="open in another process"):
         page_log.recover(tmp_path)
     arena.log.close()
+    with pytest.raises(config.InputError, match="a log of 48 units, wanted units=64"):
+        page_log.recover(tmp_path, 64)
     page_log.recover(tmp_path).log.close()
     assert (tmp_path / "my-notes.log").read_text() == "mine"

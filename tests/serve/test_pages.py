@@ -209,6 +209,33 @@ def test_few_low_slabs_are_left_alone():
     assert arena.alloc(4) is not None
 
 
+@pytest.mark.parametrize("rid", [False, True])
+def test_slabs_with_stragglers_do_not_count_until_they_are_rid_of_them(rid):
+    arena = pages.Pages(16 * 4, asked(low_share=0.5))
+    filled_but(arena, 1)
+    assert arena.alloc_many(7, 2) is not None  # all there is in the slab that morphed
+    arena.alloc_many(15)  # another is full
+    mixed = arena.state().classes.index(2)
+    assert [p.size for p in arena.state().pages if p.unit // 16 == mixed].count(1) == 1
+    if rid:
+        arena.free(mixed * 16)
+    # Two that are little used: of three, or of four.
+    assert (arena.alloc(4) is None) == rid
+
+
+def test_a_morph_looks_at_so_many_slabs():
+    """Slabs whose straggler lies in the way of the asked class are passed over."""
+    for scan, given_ in ((3, None), (4, 56)):
+        arena = pages.Pages(16 * 4, asked(scan=scan, max_used=0.5, slab_units=16))
+        units = sorted(arena.alloc_many(64))
+        for slab in range(4):
+            kept = {7, 8} if slab < 3 else {7}
+            for offset in sorted(set(range(16)) - kept):
+                arena.free(units[16 * slab + offset])
+        assert arena.alloc(8) is None  # the last was touched just now
+        assert arena.alloc(8) == given_
+
+
 def test_the_slab_left_alone_longest_goes_first_and_is_normal_after_its_stragglers():
     arena = pages.Pages(48, asked())
     filled_but(arena, 1)
