@@ -328,6 +328,7 @@ BENCHES = {
     "moe": "a layer of experts beside a plain matrix product",
     "engine": "the serving engine beside a decoding loop by hand",
     "load": "weights from safetensors beside a plain read of the files",
+    "pages": "ways to cut memory into pages, on long-tailed traces (no time)",
 }
 
 
