@@ -26,6 +26,7 @@ Raises: config.InputError for models whose layers keep something else.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -377,12 +378,103 @@ def copied(pages: Pages, src_m: jax.Array, dst_m: jax.Array) -> Pages:
     return pages.replace(attention=jax.tree.map(copy, pages.attention))
 
 
-def states_copied(pages: Pages, src_m: jax.Array, dst_m: jax.Array) -> Pages:
-    """States of slots `src_m` copied onto slots `dst_m`."""
+def state_units(spec: spec_lib.Spec, page_tokens: int) -> int:
+    """Consecutive pages that hold one row's states of all linear layers; 0 without, or
+    where they cannot."""
+    layers, delta = [kind.mixer for kind in spec.kinds], spec.delta
+    if "delta" not in layers or spec.compute_dtype == "float16":
+        return 0
+    if page_tokens < delta.conv_taps - 1:
+        return 0
+    inputs = 2 * delta.key_heads * delta.key_width
+    inputs += delta.value_heads * delta.value_width
+    matrix = delta.value_heads * delta.key_width * delta.value_width
+    one = matrix * (3 if spec.compute_dtype == "bfloat16" else 1)
+    one += (delta.conv_taps - 1) * inputs
+    item = jnp.dtype(spec.compute_dtype).itemsize
+    return -(-layers.count("delta") * one * item // page_bytes(spec, page_tokens))
 
-    def copy(x):
-        return x.at[dst_m].set(x[src_m])
 
-    return pages.replace(
-        delta=jax.tree.map(copy, pages.delta), tail_rj=copy(pages.tail_rj)
+def saved(pages: Pages, slot: jax.Array, first: jax.Array, units: int) -> Pages:
+    """The states of a slot written into pages `first` .. `first + units - 1`, as they
+    are: what a row needs to go on from where it is lies beside its keys and values."""
+
+    def run(attention, delta, slot, first):
+        parts = [x[slot] for x in jax.tree.leaves(delta)]
+        dtype = attention[0]["v_nhck"].dtype
+        flat = jnp.concatenate([_parts(x, dtype).reshape(-1) for x in parts])
+        shapes = [x.shape[1:] for x in jax.tree.leaves(attention)]
+        sizes = [math.prod(shape) for shape in shapes]
+        flat = jnp.pad(flat, (0, units * sum(sizes) - flat.size))
+        flat_ue, leaves, at = flat.reshape(units, -1), [], 0
+        for x, shape, size in zip(
+            jax.tree.leaves(attention), shapes, sizes, strict=True
+        ):
+            part = flat_ue[:, at : at + size].reshape(units, *shape)
+            leaves.append(jax.lax.dynamic_update_slice_in_dim(x, part, first, axis=0))
+            at += size
+        return jax.tree.unflatten(jax.tree.structure(attention), leaves)
+
+    lies = _lies(pages.attention)
+    run = mesh.local(
+        run,
+        inputs=(lies, _lies(pages.delta), jax.P(), jax.P()),
+        out=lies,
     )
+    return pages.replace(attention=run(pages.attention, pages.delta, slot, first))
+
+
+def restored(pages: Pages, slot: jax.Array, first: jax.Array, units: int) -> Pages:
+    """The states of a slot as `saved` wrote them into pages from `first` on."""
+
+    def run(attention, delta, slot, first):
+        held = [
+            jax.lax.dynamic_slice_in_dim(x, first, units, axis=0).reshape(units, -1)
+            for x in jax.tree.leaves(attention)
+        ]
+        flat, leaves, at = jnp.concatenate(held, axis=1).reshape(-1), [], 0
+        for x in jax.tree.leaves(delta):
+            like = jax.eval_shape(lambda x: _parts(x[0], flat.dtype), x)
+            part = flat[at : at + like.size].reshape(like.shape)
+            leaves.append(x.at[slot].set(_sum(part, x.dtype)))
+            at += like.size
+        return jax.tree.unflatten(jax.tree.structure(delta), leaves)
+
+    lies = _lies(pages.delta)
+    run = mesh.local(
+        run,
+        inputs=(_lies(pages.attention), lies, jax.P(), jax.P()),
+        out=lies,
+    )
+    delta = run(pages.attention, pages.delta, slot, first)
+    # Behind a whole page all inputs of the filters are the row's own.
+    tail_rj = pages.tail_rj.at[slot].set(1)
+    return pages.replace(delta=delta, tail_rj=tail_rj)
+
+
+def _lies(tree):
+    """How the arrays of a tree lie on the mesh."""
+    if not mesh.active():
+        return jax.tree.map(lambda x: jax.P(), tree)
+    return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+
+
+def _parts(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Numbers of a pool's dtype whose sums are x, side by side in a last dim.
+
+    float32 as three of bfloat16 is exact down to 1e-33. Bits would be fewer numbers,
+    but half of a float32 may look like a NaN, and NaNs do not keep their bits.
+    """
+    if x.dtype == dtype:
+        return x[..., None]
+    parts = []
+    for _ in range(3):
+        # Not a cast there and back, which compilers leave out.
+        parts.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        x = x - parts[-1]
+    return jnp.stack(parts, axis=-1).astype(dtype)
+
+
+def _sum(parts: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x of its `_parts`."""
+    return jnp.sum(parts.astype(dtype), axis=-1)

@@ -154,6 +154,51 @@ def test_pages_are_shared_and_copied():
             np.testing.assert_allclose(x[k, 0], other[0, -1], atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("ways", [1, 2])
+def test_states_lie_in_pages_as_they_are(dtype, ways):
+    spec = dataclasses.replace(
+        SPECS["hybrid"], compute_dtype=dtype, param_dtype="float32"
+    )
+    units, rules = paged.state_units(spec, C), mesh.Rules(batch=None)
+    device_mesh = mesh.make(mesh.MeshConfig(1, 1, ways, 1), jax.devices()[:ways])
+    with jax.set_mesh(device_mesh):
+        pages = paged.init(spec, 3 + units, C, 3, rules)
+        item = jnp.dtype(dtype).itemsize  # three parts of a float32 in bfloat16
+        held = sum(
+            x[0].size * item * (3 if x.dtype.itemsize > item else 1)
+            for x in jax.tree.leaves(pages.delta)
+        )
+        room = paged.page_bytes(spec, C)
+        assert (units - 1) * room < held <= units * room
+        draw = np.random.default_rng(0)
+
+        def random(x):
+            return jax.device_put(draw.normal(size=x.shape).astype(x.dtype), x.sharding)
+
+        pages = jax.tree.map(random, pages)
+        before = jax.tree.map(np.asarray, pages)
+        save, restore = (
+            jax.jit(run, static_argnames="units")
+            for run in (paged.saved, paged.restored)
+        )
+        pages = save(pages, np.int32(1), np.int32(2), units=units)
+        after = jax.tree.map(np.asarray, pages)
+        pages = restore(pages, np.int32(3), np.int32(2), units=units)
+        found = jax.tree.map(np.asarray, pages)
+    for one, other in zip(
+        jax.tree.leaves(before.attention), jax.tree.leaves(after.attention), strict=True
+    ):
+        np.testing.assert_array_equal(one[:2], other[:2])  # those of others are left
+        np.testing.assert_array_equal(one[2 + units :], other[2 + units :])
+    for one, other in zip(
+        jax.tree.leaves(before.delta), jax.tree.leaves(found.delta), strict=True
+    ):
+        np.testing.assert_array_equal(other[3], one[1])
+        np.testing.assert_array_equal(other[:3], one[:3])
+    assert (found.tail_rj[3] == 1).all()
+
+
 @pytest.mark.parametrize(("name", "way"), [("dense", "gather"), ("hybrid", "loop")])
 def test_on_a_mesh(name, way):
     spec, rules = SPECS[name], mesh.Rules(batch=None)
