@@ -247,14 +247,16 @@ def moderation_results(verdict: guard_verdict.Verdict) -> dict[str, Any]:
 def load(
     policy: str = "",
     *,
+    head: str = "",
     audit: str = "",
     audit_key: bytes = b"",
     more: Sequence[Checker] = (),
 ) -> Guard:
-    """A guard from files: rules and a policy.
+    """A guard from files: rules, and a trained head where one is given.
 
     Args:
       policy: a policy file; "" for the built-in policy.
+      head: a folder that `qwen-jax guard train` wrote.
       audit: the audit log.
       audit_key: for its hashes.
       more: further checkers, such as `guard_model.ModelChecker`.
@@ -263,6 +265,10 @@ def load(
     """
     rules = guard_policy.load(policy)
     checkers: list[Checker] = [guard_rules.RuleChecker(guard_rules.load(rules.rules))]
+    if head:
+        from qwen_jax.serve import guard_trunk  # imports JAX
+
+        checkers.append(guard_trunk.HeadChecker(guard_trunk.load(head)))
     log = guard_audit.Audit(audit, audit_key) if audit else None
     return Guard([*checkers, *more], rules, log)
 
