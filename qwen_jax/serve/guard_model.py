@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from qwen_jax import models
 from qwen_jax.data import chat, tokenizer
 from qwen_jax.models import decode
 from qwen_jax.models import spec as spec_lib
@@ -190,3 +191,17 @@ def _conversation(messages: Any) -> list[dict[str, Any]]:
         else:
             talk.append({"role": role, "content": text})
     return talk or [{"role": "user", "content": ""}]
+
+
+def load(folder: str, dtype: str | None = None, every: int = 400) -> ModelChecker:
+    """The checker of a Hugging Face model folder, such as one of Qwen3Guard-Gen.
+
+    Raises:
+      config.InputError: see `models.load`, `tokenizer.load` and `chat.template_of`.
+    """
+    vocabulary = tokenizer.load(folder)
+    template = chat.template_of(vocabulary)
+    spec, params = models.load(folder, dtype=dtype)
+    return ModelChecker(
+        vocabulary, template, generator(spec, params, vocabulary), every
+    )

@@ -83,16 +83,18 @@ class Phrases:
     def __init__(self, phrases: list[Phrase]):
         self._phrases = phrases
         self._longest = max((p.longest for p in phrases), default=0)
-        self._firsts = sorted({p.first for p in phrases})
+        self._firsts = _Firsts({p.first for p in phrases})
         self._gapped = [p for p in phrases if p.rest]
 
     def scan(self, text, begin, seen, over):
         low, found = text.low, []
         for phrase in self._phrases:
-            for at in _places(low, phrase.first, begin):
-                stop = self._stop(phrase, low, at, over)
-                if stop:
+            # What begins before it was decided when the letters seen were scanned.
+            at = low.find(phrase.first, max(begin, seen - phrase.longest - 1))
+            while at >= 0:
+                if stop := self._stop(phrase, low, at, over):
                     found.append((phrase.rule, at, stop))
+                at = low.find(phrase.first, at + 1)
         return found, len(low) if over else max(begin, len(low) - self._longest - 1)
 
     def _stop(self, phrase: Phrase, low: str, at: int, over: bool) -> int:
@@ -113,7 +115,7 @@ class Phrases:
 
     def open(self, text, begin):
         low = text.low
-        at = _partial(low, begin, self._firsts)
+        at = self._firsts.partial(low, begin)
         for phrase in self._gapped:
             for place in _places(low, phrase.first, begin):
                 left = low.count(" ", place) < phrase.words
@@ -139,7 +141,7 @@ class Tokens:
     def __init__(self, tokens: list[Token]):
         self._tokens = tokens
         self._longest = max((len(t.prefix) + t.most + 1 for t in tokens), default=0)
-        self._firsts = sorted({t.prefix for t in tokens})
+        self._firsts = _Firsts({t.prefix for t in tokens})
 
     def scan(self, text, begin, seen, over):
         plain, found = text.plain, []
@@ -165,7 +167,7 @@ class Tokens:
             for token, at, run in self._runs(plain, begin)
             if run.end() == len(plain) and run.end() - run.start() <= token.most
         ]
-        return min([_partial(plain, begin, self._firsts), *going_on])
+        return min([self._firsts.partial(plain, begin), *going_on])
 
 
 class Detected:
@@ -219,16 +221,24 @@ def _starts_word(text: str, at: int) -> bool:
     return not joined
 
 
-def _partial(text: str, begin: int, firsts: list[str]) -> int:
-    """The first place whose text up to the end may become one of `firsts` (sorted)."""
-    longest = max(map(len, firsts), default=0)
-    for at in range(max(begin, len(text) - longest), len(text)):
-        if _starts_word(text, at):
-            tail = text[at:]
-            k = bisect.bisect_left(firsts, tail)
-            if k < len(firsts) and firsts[k].startswith(tail):
-                return at
-    return len(text)
+class _Firsts:
+    """The words with which things begin."""
+
+    def __init__(self, words: set[str]):
+        self._sorted = sorted(words)
+        self._longest = max(map(len, words), default=0)
+        self._two = {word[:n] for word in words for n in (1, 2)}
+
+    def partial(self, text: str, begin: int) -> int:
+        """The first place whose text up to the end may become one of the words."""
+        end = len(text)
+        for at in range(max(begin, end - self._longest), end):
+            if text[at : at + 2] in self._two and _starts_word(text, at):
+                tail = text[at:]
+                k = bisect.bisect_left(self._sorted, tail)
+                if k < len(self._sorted) and self._sorted[k].startswith(tail):
+                    return at
+        return end
 
 
 @dataclasses.dataclass(frozen=True)

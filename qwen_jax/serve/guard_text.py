@@ -23,6 +23,7 @@ import unicodedata
 from collections.abc import Sequence
 
 PIECE = 8
+MAX_KEPT = 30_000
 _DASHES = "‐‑‒–—―−﹣－"
 _QUOTES = {"‘’‛ʼ´`": "'", "“”„‟": '"'}
 # Fillers that are shown as nothing and are no format characters.
@@ -34,12 +35,22 @@ _IS_CJK = re.compile(f"[{_CJK}]")
 _PIECES = re.compile(rf"[{_CJK}]|{WORD}{{1,{PIECE}}}|[^\w ]")
 
 
-class _Plain(dict):
-    """Code point -> its plain form, worked out when first met."""
+class _Kept(dict):
+    """What `of` makes of a key, kept for the first MAX_KEPT that are met: a text with
+    every code point there is must not fill the memory."""
 
-    def __missing__(self, code: int) -> str:
-        self[code] = made = self._of(chr(code))
+    def __missing__(self, key):
+        made = self.of(key)
+        if len(self) < MAX_KEPT:
+            self[key] = made
         return made
+
+
+class _Plain(_Kept):
+    """Code point -> its plain form."""
+
+    def of(self, code: int) -> str:
+        return self._of(chr(code))
 
     def _of(self, char: str) -> str:
         kind = unicodedata.category(char)
@@ -58,10 +69,10 @@ class _Plain(dict):
         return char if whole == char else "".join(map(self._of, whole))
 
 
-class _Low(dict):
+class _Low(_Kept):
     """Code point of plain text -> one character of low text."""
 
-    def __missing__(self, code: int) -> str:
+    def of(self, code: int) -> str:
         char = chr(code).lower()
         char = char if len(char) == 1 else chr(code)
         base = [
@@ -70,8 +81,7 @@ class _Low(dict):
             if unicodedata.category(c) != "Mn"
         ]
         char = base[0] if len(base) == 1 else char
-        self[code] = char = _ALIKES.get(char, char)
-        return char
+        return _ALIKES.get(char, char)
 
 
 _ALIKES = {
@@ -129,9 +139,19 @@ def fold(text: str) -> Folded:
     return Fold().feed(text)
 
 
+class _Words(_Kept):
+    """Character -> whether it is one of words."""
+
+    def of(self, char: str) -> bool:
+        return (char.isalnum() or char == "_") and not _IS_CJK.match(char)
+
+
+_WORDS = _Words()
+
+
 def in_word(char: str) -> bool:
     """Whether a character joins its neighbours to a word (one of Chinese does not)."""
-    return (char.isalnum() or char == "_") and not _IS_CJK.match(char)
+    return _WORDS[char]
 
 
 def pieces(low: str, over: bool = True) -> tuple[list[tuple[int, int]], int]:

@@ -36,7 +36,7 @@ from qwen_jax.params import Param, zeros
 from qwen_jax.serve import guard_head, guard_text, guard_verdict
 
 FORMAT, VERSION = "qwen_jax guard head", 1
-CHUNK = 32
+CHUNK = 8
 MARKS = {"system": 1, "user": 2, "assistant": 3, "tool": 4}  # other roles: as user
 RESERVED = 8
 MAX_SIZE = 1 << 16
