@@ -14,8 +14,10 @@ are judged likewise, and not by their last token alone. A token has one category
 
 Shapes: hidden [..., d]; results float32 [..., 3] and [..., y]; token labels risk_bt and
 category_bt are indices, mask_bt has 1 for judged tokens. f is the head's inner width.
+Format of a folder: see `guard_files`; its facts are width and inner.
 Invariants: `head` is one small matmul, a norm and two smaller matmuls a token, whatever
 the batch, so that it can stand at the end of a decoding step.
+Raises: config.InputError from `load`.
 """
 
 from typing import Any
@@ -24,10 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_jax import config
 from qwen_jax import params as params_lib
 from qwen_jax.models import norm
 from qwen_jax.params import Param, ones, zeros
-from qwen_jax.serve import guard_verdict
+from qwen_jax.serve import guard_files, guard_verdict
 
 QUERY, RESPONSE = "query", "response"
 ROLES = (QUERY, RESPONSE)
@@ -41,6 +44,8 @@ CATEGORIES = {
 # Index into RISKS -> index into guard_verdict.LEVELS, which are from good to bad.
 SEVERITY = np.array([guard_verdict.LEVELS.index(risk) for risk in RISKS], np.int32)
 EPS = 1e-5
+FORMAT = "qwen_jax guard head"
+MAX_SIZE = 1 << 16
 
 
 def declare(width: int, inner: int) -> dict[str, Any]:
@@ -100,6 +105,27 @@ def loss(
     total = jnp.sum(cross_entropy(risk_bty, risk_bt) * mask_bt)
     total += jnp.sum(cross_entropy(category_bty, category_bt) * risky_bt)
     return total, jnp.sum(mask_bt)
+
+
+def save(p: dict[str, Any], folder: str) -> None:
+    """Write both heads; a folder that was there is replaced as a whole."""
+    width, inner = p[QUERY]["pre_df"].shape
+    guard_files.save(folder, FORMAT, {"width": width, "inner": inner}, p)
+
+
+def load(folder: str) -> dict[str, Any]:
+    """What `save` wrote.
+
+    Raises:
+      config.InputError: see `guard_files`.
+    """
+    held = guard_files.facts_of(folder, FORMAT)
+    sizes = [held.get(name) for name in ("width", "inner")]
+    if not all(type(size) is int and 0 < size <= MAX_SIZE for size in sizes):
+        raise config.InputError(
+            f"{folder}: wanted width and inner of 1 to {MAX_SIZE:,}"
+        )
+    return guard_files.params_of(folder, declare(*sizes))
 
 
 def severity(risk_logits: Any) -> Any:

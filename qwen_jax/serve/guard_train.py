@@ -6,8 +6,8 @@ safe on, every token of the text has the text's level and (first) category; thos
 it are safe. `guard_head.loss` is added up over prompts and answers.
 
 Shapes: `Labels` are [rows, tokens] with 0 for padding; rows longer than `max_tokens`
-are cut at their end and counted in `cut`. With a trunk of one's own, `guard_head.loss`
-takes its hidden states the same way.
+are cut at their end and counted in `cut`. `train` has the small trunk of `guard_trunk`
+under the heads; `train_heads` takes the hidden states [b, t, d] of another model.
 Units: learning rate a step; loss in nats a judged token.
 Invariants: the same rows, settings and seed give the same weights on one machine.
 Raises: config.InputError for settings that cannot be.
@@ -24,6 +24,7 @@ import numpy as np
 import optax
 
 from qwen_jax import config, rng
+from qwen_jax import params as params_lib
 from qwen_jax.serve import guard_data, guard_head, guard_text, guard_trunk
 
 ROLE_IDS = {guard_head.QUERY: 1, guard_head.RESPONSE: 2}
@@ -118,14 +119,17 @@ def loss(p: dict[str, Any], batch: Labels) -> jax.Array:
     start = jnp.zeros((batch.ids_bt.shape[0], width))
     _, hidden_tbd = jax.lax.scan(one, start, jnp.swapaxes(batch.ids_bt, 0, 1))
     hidden_btd = jnp.swapaxes(hidden_tbd, 0, 1)
+    return heads_loss(p["head"], hidden_btd, batch)
+
+
+def heads_loss(p: dict[str, Any], hidden_btd: jax.Array, batch: Labels) -> jax.Array:
+    """Mean over judged tokens, of both heads, on hidden states of any model."""
     total, count = 0.0, 0.0
     for role, number in ROLE_IDS.items():
         mask_bt = batch.role_bt == number
         # A category index of the other head may lie outside of this one's.
         category_bt = jnp.where(mask_bt, batch.category_bt, 0)
-        some = guard_head.loss(
-            p["head"][role], hidden_btd, batch.risk_bt, category_bt, mask_bt
-        )
+        some = guard_head.loss(p[role], hidden_btd, batch.risk_bt, category_bt, mask_bt)
         total, count = total + some[0], count + some[1]
     return total / jnp.maximum(count, 1)
 
@@ -145,6 +149,51 @@ def train(
       say: told (step, loss) every 50 steps and at the end.
     """
     made = labels(rows, sizes.vocab, settings.max_tokens)
+    p = guard_trunk.init(sizes, settings.seed)
+    arrays = (made.ids_bt, made.role_bt, made.risk_bt, made.category_bt)
+
+    def of_batch(p, arrays):
+        return loss(p, Labels(*arrays))
+
+    p, value = _fitted(of_batch, p, arrays, settings, say)
+    trained_on = {
+        "rows": len(rows),
+        "cut": made.cut,
+        "loss": value,
+        **config.thaw(settings),
+    }
+    return guard_trunk.Model(sizes, p, trained_on)
+
+
+def train_heads(
+    hidden_btd: np.ndarray,
+    made: Labels,
+    inner: int,
+    settings: Settings,
+    say: Callable[[int, float], None] = lambda step, loss: None,
+) -> dict[str, Any]:
+    """Heads (see `guard_head.declare`) on hidden states of any model.
+
+    Args:
+      hidden_btd: the states of the tokens that `made` labels.
+      made: labels; its ids do not matter.
+      inner: width of the heads.
+      settings: of training.
+      say: as in `train`.
+    """
+    key = rng.key_for(settings.seed, "guard heads")
+    declared = guard_head.declare(hidden_btd.shape[-1], inner)
+    p = params_lib.init(declared, key, jnp.float32)
+    arrays = (hidden_btd, made.role_bt, made.risk_bt, made.category_bt)
+
+    def of_batch(p, arrays):
+        return heads_loss(p, arrays[0], Labels(*arrays))
+
+    return _fitted(of_batch, p, arrays, settings, say)[0]
+
+
+def _fitted(of_batch, p, arrays, settings, say) -> tuple[Any, float]:
+    """(weights after all steps, loss of the last) of a loss of (weights, arrays)."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, settings.lr_peak, max(settings.steps // 20, 1), settings.steps + 1
     )
@@ -155,23 +204,15 @@ def train(
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(p, state, arrays):
-        value, grads = jax.value_and_grad(loss)(p, Labels(*arrays))
+        value, grads = jax.value_and_grad(of_batch)(p, arrays)
         changes, state = optimizer.update(grads, state, p)
         return optax.apply_updates(p, changes), state, value
 
-    p = guard_trunk.init(sizes, settings.seed)
     state = optimizer.init(p)
-    arrays = (made.ids_bt, made.role_bt, made.risk_bt, made.category_bt)
     for i in range(settings.steps):
         drawn = np.random.default_rng(rng.seed_for(settings.seed, f"guard/{i}"))
-        picked = drawn.integers(0, len(rows), settings.batch_rows)
+        picked = drawn.integers(0, len(arrays[0]), settings.batch_rows)
         p, state, value = update(p, state, tuple(a[picked] for a in arrays))
         if (i + 1) % 50 == 0 or i + 1 == settings.steps:
             say(i + 1, float(value))
-    trained_on = {
-        "rows": len(rows),
-        "cut": made.cut,
-        "loss": float(value),
-        **dataclasses.asdict(settings),
-    }
-    return guard_trunk.Model(sizes, p, trained_on)
+    return p, float(value)

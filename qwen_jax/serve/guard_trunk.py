@@ -9,18 +9,15 @@ ids; a GRU (arXiv 1406.1078) over their embeddings gives the hidden states that
 A conversation is one sequence: each message begins with a mark of its role, so that an
 answer is judged after what was asked.
 
-Format of a folder: config.json (FORMAT, version, sizes, what it was trained on) and
-model.safetensors with float32 tensors named by their path in the tree.
+Format of a folder: see `guard_files`; its facts are sizes and what it was trained on.
 Units: `Scores.start`, `stop` are code points of the text as given.
 Invariants: the same text in other parts has bit for bit the same scores: all tokens go
 through one compiled loop over CHUNK of them, padded with id 0, which changes nothing.
-Raises: config.InputError for a folder that is none, or of another version.
+Raises: config.InputError for sizes that cannot be, and see `guard_files`.
 """
 
 import dataclasses
 import functools
-import math
-import pathlib
 import re
 import zlib
 from typing import Any
@@ -31,11 +28,10 @@ import numpy as np
 
 from qwen_jax import config, rng
 from qwen_jax import params as params_lib
-from qwen_jax.models import json_files, tensor_files, tensor_writer
 from qwen_jax.params import Param, zeros
-from qwen_jax.serve import guard_head, guard_text, guard_verdict
+from qwen_jax.serve import guard_files, guard_head, guard_text, guard_verdict
 
-FORMAT, VERSION = "qwen_jax guard head", 1
+FORMAT = "qwen_jax guard head with its trunk"
 CHUNK = 8
 MARKS = {"system": 1, "user": 2, "assistant": 3, "tool": 4}  # other roles: as user
 RESERVED = 8
@@ -291,70 +287,23 @@ class HeadListener:
 # --- files ---
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=params_lib.is_param)
-    return {".".join(key.key for key in path): leaf for path, leaf in flat}
-
-
 def save(model: Model, folder: str) -> None:
     """Write the folder; one that was there is replaced as a whole."""
-    tensors = {k: np.asarray(v, np.float32) for k, v in _named(model.params).items()}
-    tensor_writer.publish(
-        pathlib.Path(folder),
-        [tensor_writer.Planned(k, v.shape, "float32") for k, v in tensors.items()],
-        iter([(k, np.ascontiguousarray(v)) for k, v in tensors.items()]),
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "sizes": dataclasses.asdict(model.sizes),
-            "trained_on": model.trained_on,
-        },
-        shard_bytes=5_000_000_000,
-    )
+    facts = {"sizes": config.thaw(model.sizes), "trained_on": model.trained_on}
+    guard_files.save(folder, FORMAT, facts, model.params)
 
 
 def load(folder: str) -> Model:
     """What `save` wrote.
 
     Raises:
-      config.InputError: see the module docstring.
+      config.InputError: see `guard_files`.
     """
-    path = pathlib.Path(folder)
-    if not (path / "config.json").is_file():
-        raise config.InputError(
-            f"{folder} is no guard head (it has no config.json): make one with "
-            "`qwen-jax guard train`"
-        )
-    held = json_files.read(path / "config.json")
-    if held.get("format") != FORMAT or held.get("version") != VERSION:
-        raise config.InputError(
-            f"{folder}: format {json_files.shown(held.get('format'))} version "
-            f"{json_files.shown(held.get('version'))}: wanted {FORMAT!r} {VERSION}"
-        )
+    held = guard_files.facts_of(folder, FORMAT)
     sizes = config.freeze(Sizes, held.get("sizes"), at=f"sizes of {folder}")
-    trained_on = held.get("trained_on", {})
-    declared = declare(sizes)
-    entries = {entry.name: entry for entry in tensor_files.entries(path)}
-    wanted = _named(declared)
-    if set(entries) != set(wanted):
-        odd = sorted(set(entries) ^ set(wanted))
-        raise config.InputError(f"{folder}: tensors {json_files.shown(odd)} do not fit")
-    arrays = {name: _tensor(entries[name], p) for name, p in wanted.items()}
-    leaves, tree = jax.tree.flatten(declared, is_leaf=params_lib.is_param)
-    params = tree.unflatten(arrays[name] for name in wanted)
-    return Model(sizes, params, trained_on if isinstance(trained_on, dict) else {})
-
-
-def _tensor(entry: tensor_files.Entry, p: Param) -> jax.Array:
-    if entry.shape != p.shape or entry.dtype != "F32":
-        raise config.InputError(
-            f"{entry.path}: tensor {entry.name} is {entry.dtype} {entry.shape}: wanted "
-            f"F32 {p.shape}"
-        )
-    read = np.fromfile(entry.path, "<f4", math.prod(p.shape), offset=entry.start)
-    if not np.isfinite(read).all():
-        raise config.InputError(
-            f"{entry.path}: tensor {entry.name} has numbers that are not finite: train "
-            "the head anew"
-        )
-    return jnp.asarray(read.reshape(p.shape))
+    trained_on = held.get("trained_on")
+    return Model(
+        sizes,
+        guard_files.params_of(folder, declare(sizes)),
+        trained_on if isinstance(trained_on, dict) else {},
+    )

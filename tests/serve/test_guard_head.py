@@ -323,6 +323,38 @@ def test_training_again_gives_the_same_weights():
     assert one.trained_on["rows"] == 20 and one.trained_on["steps"] == 3
 
 
+def test_heads_on_the_states_of_another_model(tmp_path):
+    """States in which a direction means unsafe and others the category."""
+    rng = np.random.default_rng(0)
+    shape = (40, 12)
+    made = guard_train.Labels(
+        np.zeros(shape, np.int32),
+        rng.integers(0, 3, shape).astype(np.int32),
+        rng.integers(0, 3, shape).astype(np.int32),
+        rng.integers(0, 8, shape).astype(np.int32),
+    )
+    hidden = 0.1 * rng.normal(size=(*shape, 16)).astype(np.float32)
+    hidden[..., :3] += np.eye(3)[made.risk_bt]
+    hidden[..., 3:11] += np.eye(8)[made.category_bt]
+    settings = guard_train.Settings(steps=150, batch_rows=16, lr_peak=3e-2)
+    p = guard_train.train_heads(hidden[:30], made, 12, settings)
+    for role, number in guard_train.ROLE_IDS.items():
+        risk, category = guard_head.head(p[role], hidden[30:])
+        mine = made.role_bt[30:] == number
+        assert mine.sum() > 20
+        assert np.mean((np.argmax(risk, -1) == made.risk_bt[30:])[mine]) > 0.95
+        risky = mine & (made.risk_bt[30:] > 0)
+        assert np.mean((np.argmax(category, -1) == made.category_bt[30:])[risky]) > 0.9
+    guard_head.save(p, str(tmp_path / "h"))
+    again = guard_head.load(str(tmp_path / "h"))
+    jax.tree.map(np.testing.assert_array_equal, again, p)
+    with pytest.raises(config.InputError, match="wanted 'qwen_jax guard head with"):
+        guard_trunk.load(str(tmp_path / "h"))
+    change_config(tmp_path / "h", width=True)
+    with pytest.raises(config.InputError, match="wanted width and inner"):
+        guard_head.load(str(tmp_path / "h"))
+
+
 # --- files ---
 
 

@@ -283,26 +283,85 @@ def brute(text, matchers):
     return made
 
 
+SHORT = {  # rules that look at few letters, so that most of a stream is let go
+    "phrases": [
+        {
+            "name": "a", "category": "pii", "level": "unsafe",
+            "phrases": ["zork", "zx {1} zo", "洗钱"],
+        }
+    ],
+    "tokens": [
+        {
+            "name": "b", "category": "violent", "level": "controversial",
+            "prefixes": ["zz", "z-"], "letters": "a-z0-9", "least": 2, "most": 4,
+        }
+    ],
+    "detectors": [{"name": "us_ssn", "category": "pii", "level": "unsafe"}],
+}  # fmt: skip
+short_texts = st.text("zxork -1洗钱.\u200bZ", max_size=60) | st.lists(
+    st.sampled_from(
+        ["219-09-9999", "zork", "zza1", "z-1", "zx a zo", "zx ", "洗", *"1- xz"]
+    ),
+    max_size=20,
+).map("".join)
+
+
+def same_in_parts(checker, matchers, text, cuts):
+    """The findings of parts, of the whole, and of each start looked at on its own."""
+    listener = checker.stream([])
+    sent, told = 0, set()
+    for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        finding = listener.push(text[start:stop])
+        assert 0 <= finding.hold <= stop
+        for span in finding.spans:  # what may be sent stays before what is found later
+            assert span.start >= sent or (span.start, span.rule) in told
+        told = {(span.start, span.rule) for span in finding.spans}
+        sent = stop - finding.hold
+    last = listener.end()
+    assert all(s.start >= sent or (s.start, s.rule) in told for s in last.spans)
+    assert last == checker.response([], text)
+    all_places = brute(text, matchers)
+    assert {(s.rule, s.start, s.stop) for s in last.spans} <= all_places
+    assert {rule for rule, _, _ in all_places} == {s.rule for s in last.spans}
+
+
+def cuts_of(data, text, most):
+    return sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=most)))
+
+
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(texts, st.data())
 def test_in_parts_as_whole(text, data):
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
-    listener = CHECKER.stream([])
-    held, told = 0, set()
-    for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        finding = listener.push(text[start:stop])
-        # What may be sent stays before what is found later.
-        assert 0 <= finding.hold <= stop
-        for span in finding.spans:
-            assert span.start >= held or (span.start, span.rule) in told
-        told = {(span.start, span.rule) for span in finding.spans}
-        held = stop - finding.hold
-    last = listener.end()
-    assert all(s.start >= held or (s.start, s.rule) in told for s in last.spans)
-    assert last == CHECKER.response([], text)
-    all_places = brute(text, guard_rules.load().response)
-    assert {(s.rule, s.start, s.stop) for s in last.spans} <= all_places
-    assert {rule for rule, _, _ in all_places} == {s.rule for s in last.spans}
+    matchers = guard_rules.load().response
+    same_in_parts(CHECKER, matchers, text, cuts_of(data, text, 12))
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rules") / "short.json"
+    path.write_text(json.dumps(SHORT))
+    return guard_rules.load(str(path))
+
+
+@hypothesis.settings(max_examples=600)
+@hypothesis.given(short_texts, st.data())
+def test_in_parts_as_whole_with_short_rules(short, text, data):
+    cuts = cuts_of(data, text, 40)
+    same_in_parts(guard_rules.RuleChecker(short), short.response, text, cuts)
+
+
+def test_white_space_over_a_border_is_one_space():
+    fold = guard_text.Fold()
+    parts = [fold.feed(part) for part in ("a \u200b", "\n", "", " b", "\u3000", " ")]
+    assert "".join(part.low for part in parts) == "a b "
+    assert [place for part in parts for place in part.origin] == [0, 1, 5, 6]
+
+
+def test_a_text_of_all_there_is_fills_no_memory():
+    everything = "".join(map(chr, range(0x30000)))
+    guard_text.fold(everything)
+    for kept in (guard_text._PLAIN, guard_text._LOW):
+        assert len(kept) <= guard_text.MAX_KEPT
 
 
 def test_letter_by_letter_nothing_found_is_sent():
