@@ -19,15 +19,17 @@ not judged yet.
 Raises: MalformedError (of `parse`), config.InputError for messages or a template.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from qwen_jax import models
 from qwen_jax.data import chat, tokenizer
-from qwen_jax.models import decode
+from qwen_jax.models import decode, sampling
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.serve import guard_verdict
+from qwen_jax.serve import request as request_lib
 
 MAX_TOKENS = 128
 LEVELS = {
@@ -99,6 +101,41 @@ def generator(
         (new,) = decode.generate(
             spec, params, [ids], max_tokens=max_tokens, stop_ids=stop_ids
         )
+        return vocabulary.decode(new, skip_special=True)
+
+    return generate
+
+
+class Runs(Protocol):
+    """What is asked of an engine: the ids that end a text, all pieces of a request."""
+
+    stop_ids: tuple[int, ...]
+
+    def run(
+        self, requests: Sequence[request_lib.Request]
+    ) -> dict[str, list[request_lib.Piece]]:
+        """See engine.Engine.run."""
+
+
+def through_engine(engine: Runs, vocabulary: tokenizer.Tokenizer) -> Generate:
+    """`generate` by a running engine, greedily, beside its other requests. The pages of
+    its prompts are shared with one another and with nobody else's."""
+    numbers = itertools.count()
+    stop_ids = tuple(dict.fromkeys((*engine.stop_ids, *vocabulary.stop_ids)))
+
+    def generate(ids: list[int], max_tokens: int) -> str:
+        request = request_lib.Request(
+            id=f"guard-{id(numbers)}-{next(numbers)}",
+            prompt=tuple(ids),
+            max_tokens=max_tokens,
+            sampling=sampling.Sampling(temperature=0.0),
+            stop_ids=stop_ids,
+            salt="guard",
+        )
+        pieces = engine.run([request])[request.id]
+        if pieces[-1].finish not in (request_lib.STOP, request_lib.LENGTH):
+            raise RuntimeError(f"the guard's model ended with {pieces[-1].finish}")
+        new = [token for piece in pieces for token in piece.ids]
         return vocabulary.decode(new, skip_special=True)
 
     return generate

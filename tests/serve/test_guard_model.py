@@ -3,14 +3,22 @@
 anything else fails closed. The tokenizer is trained on the spot, the template has the
 published one's structure, and the model is a function, or a tiny random one."""
 
+import concurrent.futures
 import itertools
-import json
 
 import pytest
 
-from qwen_jax import config, models
+from qwen_jax import models
 from qwen_jax.data import chat, tokenizer
-from qwen_jax.serve import guard, guard_model, guard_policy, guard_verdict
+from qwen_jax.serve import (
+    device,
+    engine,
+    guard,
+    guard_model,
+    guard_policy,
+    guard_verdict,
+    request,
+)
 
 TEMPLATE = r"""
 {%- set who = 'ASSISTANT' if messages[-1].role == 'assistant' else 'USER' %}
@@ -215,19 +223,50 @@ def test_a_model_that_breaks_in_a_stream(vocabulary):
 
 
 def test_a_real_model_end_to_end(vocabulary):
-    """Of random weights: it writes nonsense, and nonsense is no verdict."""
-    spec = config.freeze(
-        models.Spec,
-        {
-            "vocab_size": 512, "width": 16, "num_layers": 1, "num_heads": 2,
-            "num_kv_heads": 1, "head_width": 8, "ffn_width": 32, "max_positions": 512,
-        },
-    )  # fmt: skip
+    """Of random weights: it writes nonsense, and nonsense is no verdict. An engine
+    writes the same nonsense, also while it is asked from two threads."""
+    spec = models.Spec(
+        vocab_size=512,
+        width=16,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_width=8,
+        ffn_width=32,
+        max_positions=512,
+        init_std=0.4,
+    )
     params = models.init(spec, 0)
     template = chat.Template({"default": TEMPLATE}, "test")
     generate = guard_model.generator(spec, params, vocabulary)
     made = guard_model.ModelChecker(vocabulary, template, generate)
-    text = generate(vocabulary.encode("how are you"), 8)
-    assert isinstance(text, str) and json.dumps(text)
+    ids = [vocabulary.encode(text) for text in ("how are you", "fine, thank you.")]
+    wanted = [generate(one, 8) for one in ids]
+    assert all(wanted) and wanted[0] != wanted[1]
     with pytest.raises(guard_model.MalformedError):
         made.prompt("how are you")
+
+    settings = device.Settings(rows=2, page_tokens=8, piece=32, max_tokens=128)
+    running = engine.Engine(spec, params, vocabulary, settings=settings)
+    running.start()
+    try:
+        by_engine = guard_model.through_engine(running, vocabulary)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(lambda one: by_engine(one, 8), ids)) == wanted
+    finally:
+        running.close()
+
+
+def test_an_engine_that_fails_fails_closed(vocabulary):
+    class Failing:
+        stop_ids = ()
+
+        def run(self, requests):
+            (one,) = requests
+            return {one.id: [request.Piece(one.id, 0, finish=request.ERROR)]}
+
+    generate = guard_model.through_engine(Failing(), vocabulary)
+    template = chat.Template({"default": TEMPLATE}, "test")
+    made = guard.Guard([guard_model.ModelChecker(vocabulary, template, generate)])
+    assert made.check_prompt("hi").action == "block"
+    assert made.counts()["failed/model"] == 1
