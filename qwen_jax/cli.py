@@ -62,6 +62,7 @@ def parser() -> Parser:
     _add_report(verbs)
     _add_convert(verbs)
     _add_pull(verbs)
+    _add_guard(verbs)
     doctor = verbs.add_parser(
         "doctor",
         help="versions, devices, disk; what is missing and the command that adds it",
@@ -253,6 +254,40 @@ def _add_pull(verbs: Any) -> None:
     add("--verify", default="", metavar="DIR", help="check the files of a folder again")
 
 
+def _add_guard(verbs: Any) -> None:
+    guard = verbs.add_parser(
+        "guard", help="measure a guard of texts, or train its head", allow_abbrev=False
+    )
+    kinds = guard.add_subparsers(
+        dest="kind", metavar="COMMAND", parser_class=Parser, required=True
+    )
+    told = {
+        "eval": "how well a guard tells judged texts apart, how fast, and at what cost",
+        "train": "a small head from judged texts",
+        "sample": "made-up judged texts, to try the other two on",
+    }
+    adds = {
+        kind: kinds.add_parser(kind, help=text, allow_abbrev=False).add_argument
+        for kind, text in told.items()
+    }
+    for kind in ("eval", "train"):
+        adds[kind]("--data", required=True, metavar="FILE", help="JSON lines")
+    add = adds["eval"]
+    add("--policy", default="", metavar="FILE", help="TOML or JSON; default: built in")
+    add("--head", default="", metavar="DIR", help="a folder of `guard train`")
+    add("--model", default="", metavar="DIR", help="a model like Qwen3Guard-Gen")
+    add("--json", action="store_true", help="print JSON")
+    add = adds["train"]
+    add("--out", required=True, metavar="DIR", help="folder to write")
+    add(
+        "--steps", type=int, default=300, metavar="N", help="of training (default: 300)"
+    )
+    adds["sample"]("--out", required=True, metavar="FILE", help="file to write")
+    adds["sample"]("--rows", type=int, default=600, metavar="N", help="default: 600")
+    for kind in ("train", "sample"):
+        adds[kind]("--seed", type=int, default=0)
+
+
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """(other arguments, [(key, text)]) of --config.KEY=VALUE and --config.KEY VALUE."""
     rest, pairs = [], []
@@ -405,6 +440,10 @@ def _pull(args: argparse.Namespace, _: Any) -> int:
     return _load("pull").run(args)
 
 
+def _guard(args: argparse.Namespace, _: Any) -> int:
+    return _load("serve.guard_eval").main(args)
+
+
 def _doctor(args: argparse.Namespace, _: Any) -> int:
     return _load("doctor").main(as_json=args.json)
 
@@ -417,5 +456,6 @@ VERBS = {
     "report": _report,
     "convert": _convert,
     "pull": _pull,
+    "guard": _guard,
     "doctor": _doctor,
 }
