@@ -92,6 +92,7 @@ class Engine:
         self._tells: dict[str, tuple[Tell, int]] = {}  # request: (tell, answers left)
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._calls = itertools.count()  # of `generate`, which may be called at once
         self.steps = 0
         self.plan_s = self.busy_s = 0.0  # in the scheduler, in steps at all
         self._empty()
@@ -222,10 +223,10 @@ class Engine:
             else one
             for one in prompts
         ]
-        wish = sampling_lib.Sampling(**sampling)
+        wish, number = sampling_lib.Sampling(**sampling), next(self._calls)
         requests = [
             request_lib.Request(
-                id=f"generate-{i}",
+                id=f"generate-{number}-{i}",
                 prompt=tuple(map(int, one)),
                 max_tokens=max_tokens,
                 sampling=wish,

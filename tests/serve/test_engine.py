@@ -20,7 +20,7 @@ from qwen_jax.models import decode, decoder
 from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.serve import device, engine, scheduler
-from qwen_jax.serve.request import Piece, Request
+from qwen_jax.serve import request as request_lib
 
 SPEC = spec_lib.Spec(
     vocab_size=300,
@@ -42,6 +42,7 @@ HYBRID = dataclasses.replace(
     norm_offset=True,
     rotary_share=0.5,
 )
+Piece, Request = request_lib.Piece, request_lib.Request
 SETTINGS = device.Settings(rows=4, page_tokens=8, piece=32, max_tokens=128)
 
 

@@ -12,9 +12,10 @@ import hypothesis
 import hypothesis.strategies as st
 
 from qwen_jax.serve import prefix as prefix_lib
+from qwen_jax.serve import request as request_lib
 from qwen_jax.serve import scheduler
-from qwen_jax.serve.request import Request
 
+Request = request_lib.Request
 C, PIECE = 4, 8
 EVENTS = st.lists(
     st.one_of(
