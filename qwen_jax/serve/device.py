@@ -125,6 +125,7 @@ class Device:
                 f"memory_bytes={settings.memory_bytes} holds no page of "
                 f"{paged.page_bytes(spec, settings.page_tokens):,} bytes"
             )
+        self.state_units = paged.state_units(spec, settings.page_tokens)
         self.max_tokens = min(
             settings.longest(spec), (self.pool - 1) * settings.page_tokens
         )
@@ -181,6 +182,16 @@ class Device:
         if now.last and (is_full(row) or row.slot in self._biased):
             self._begin(row)
         return logits_1v, told
+
+    def save(self, row: scheduler.Row, page: int) -> None:
+        """The row's states into pages from `page` on."""
+        where = np.int32(row.slot), np.int32(page)
+        self._pages = programs.save(self._pages, *where, units=self.state_units)
+
+    def restore(self, row: scheduler.Row) -> None:
+        """The states that the row begins with into its slot."""
+        where = np.int32(row.slot), np.int32(row.restore)
+        self._pages = programs.restore(self._pages, *where, units=self.state_units)
 
     def first(self, row: scheduler.Row, logits_1v: jax.Array):
         """The first id of an answer: (ids [1], told or None)."""
@@ -303,6 +314,10 @@ class Device:
             logits_1v, _, self._pages = programs.prompt_scores(
                 self._params, self._pages, tokens_1t, next_t, count, places, **self._how
             )
+        if self.state_units:
+            where = nobody[0], np.int32(0)
+            for run in (programs.save, programs.restore):
+                self._pages = run(self._pages, *where, units=self.state_units)
         counts_v = np.zeros(self.spec.vocab_size, np.int32)
         bias_v = counts_v.astype(np.float32)
         self._extras = programs.begin(self._extras, nobody[0], counts_v, bias_v)
@@ -315,4 +330,5 @@ class Device:
 def compiled() -> int:
     """Programs compiled so far, of all engines."""
     every = ("decode", "prefill", "prompt_scores", "first", "begin", "embedding")
+    every += ("save", "restore")
     return sum(getattr(programs, name)._cache_size() for name in every)

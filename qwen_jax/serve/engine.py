@@ -22,6 +22,7 @@ full; Closed after `close`.
 """
 
 import collections
+import itertools
 import logging
 import threading
 import time
@@ -91,7 +92,7 @@ class Engine:
         self._cancelled: set[str] = set()
         self._tells: dict[str, tuple[Tell, int]] = {}  # request: (tell, answers left)
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._closing = self._warm = False
         self._calls = itertools.count()  # of `generate`, which may be called at once
         self.steps = 0
         self.plan_s = self.busy_s = 0.0  # in the scheduler, in steps at all
@@ -101,13 +102,18 @@ class Engine:
         """Queue and rows as at the start."""
         # Steps whose ids are not known yet: (rows, ids, told).
         self._flying: collections.deque[tuple] = collections.deque()
+        units = self._device.state_units
         recurrent = any(kind.mixer == "delta" for kind in self.spec.kinds)
         self._scheduler = scheduler.Scheduler(
             rows=self.settings.rows,
             pages=self._device.pool,
             page_tokens=self.settings.page_tokens,
             piece=self.settings.piece,
-            sharing=self.settings.sharing and not recurrent,
+            sharing=self.settings.sharing and (units > 0 or not recurrent),
+            state_units=units,
+        )
+        self.max_tokens = min(
+            self.max_tokens, self._scheduler.total * self.settings.page_tokens
         )
 
     # ---- callers' side
@@ -329,6 +335,8 @@ class Engine:
             self._land(0)
             return bool(self.in_flight)
         self.steps += 1
+        for row in plan.restore:
+            self._device.restore(row)
         if plan.prefill is not None:
             self._prefill(plan.prefill)
         if plan.decode:
@@ -379,6 +387,9 @@ class Engine:
         row.length += now.count
         with self._lock:
             self._scheduler.share(row)
+            state = self._scheduler.state_page(row)
+        if state is not None:
+            self._device.save(row, state)
         if now.last and not row.said:
             self._flies([row], *self._device.first(row, logits_1v))
 
@@ -461,7 +472,10 @@ class Engine:
             self._empty()
 
     def warm(self) -> int:
-        """Compile every program; how many there were."""
+        """Compile every program, the first time and before `start`; how many."""
+        if self._warm:
+            return 0
+        self._warm = True
         with jax.set_mesh(self._mesh):
             return self._device.warm()
 

@@ -7,7 +7,9 @@ are its key, compared id by id (no hash can collide). Each salt has a tree of it
 so that nobody learns from the time of an answer what others asked.
 
 A node that rows use (`users` > 0) stays; others are kept until pages are wanted, and
-then go from the leaves, longest unused first.
+then go from the leaves, longest unused first. Where layers are recurrent, a node may
+have their `state` behind its last id as well, in pages of its own: without one nothing
+can go on from there. States are copied when a row begins, and may be dropped any time.
 
 Invariants: a page is a node's or its row's, never both; a node's parents are used by at
 least as many rows as it is.
@@ -21,12 +23,13 @@ from collections.abc import Iterable, Sequence
 class Node:
     """A whole page and what follows it."""
 
-    __slots__ = ("children", "ids", "page", "parent", "salt", "users")
+    __slots__ = ("children", "ids", "page", "parent", "salt", "state", "users")
 
     def __init__(self, parent: "Node | None", ids: tuple[int, ...], page: int, salt=""):
         self.parent, self.ids, self.page, self.salt = parent, ids, page, salt
         self.children: dict[tuple[int, ...], Node] = {}
         self.users = 0
+        self.state: int | None = None
 
 
 class Prefix:
@@ -37,21 +40,31 @@ class Prefix:
         self._roots: dict[str, Node] = {}
         # Leaves that nobody uses, the longest unused first.
         self._idle: collections.OrderedDict[Node, None] = collections.OrderedDict()
+        # Nodes with a state, the longest unused first.
+        self._states: collections.OrderedDict[Node, None] = collections.OrderedDict()
         self.unused = 0  # nodes that nobody uses: pages that could be free
         self.nodes = 0
 
-    def match(self, salt: str, ids: Sequence[int]) -> list[Node]:
+    def match(
+        self, salt: str, ids: Sequence[int], *, states: bool = False
+    ) -> tuple[list[Node], int]:
         """The longest path of whole pages that `ids` begin with, one id of them always
-        left out (its scores are to be computed); each is used once more."""
+        left out (its scores are to be computed), each used once more; with `states`,
+        as far as one is there. And how many pages there were at all."""
         node, found, c = self._roots.get(salt), [], self.page_tokens
         for k in range((len(ids) - 1) // c if node else 0):
             node = node.children.get(tuple(ids[k * c : (k + 1) * c]))
             if node is None:
                 break
             found.append(node)
+        there = len(found)
+        while states and found and found[-1].state is None:
+            found.pop()
+        if states and found:
+            self._states.move_to_end(found[-1])
         for node in found:
             self._use(node)
-        return found
+        return found, there
 
     def insert(
         self, salt: str, parent: Node | None, ids: tuple[int, ...], page: int
@@ -88,13 +101,30 @@ class Prefix:
                 if not node.children:
                     self._idle[node] = None
 
-    def evict(self, count: int) -> list[int]:
-        """Pages of at most `count` nodes that nobody uses, which are gone then."""
-        pages = []
-        while len(pages) < count and self._idle:
-            node, _ = self._idle.popitem(last=False)
-            pages.append(node.page)
-            self._drop(node)
+    def keep(self, node: Node, state: int) -> None:
+        """The node has its state in pages from `state` on."""
+        node.state = state
+        self._states[node] = None
+
+    def drop_state(self) -> int | None:
+        """The pages of the state that was longest unused, which is gone then."""
+        if not self._states:
+            return None
+        node, _ = self._states.popitem(last=False)
+        state, node.state = node.state, None
+        return state
+
+    def evict(self) -> list[int]:
+        """Pages of the leaf that was longest unused, which is gone then; none where
+        all are in use."""
+        if not self._idle:
+            return []
+        node, _ = self._idle.popitem(last=False)
+        pages = [node.page]
+        if node.state is not None:
+            del self._states[node]
+            pages.append(node.state)
+        self._drop(node)
         return pages
 
     def _drop(self, node: Node) -> None:
@@ -109,7 +139,3 @@ class Prefix:
         elif parent.users == 0:
             # Its child was used at the end more lately than all that wait longer.
             self._idle[parent] = None
-
-    def clear(self) -> list[int]:
-        """Pages of all nodes that nobody uses."""
-        return self.evict(self.unused)

@@ -181,6 +181,18 @@ def embedding(params, tokens_1t, count, *, spec, rules):
     return heads.embed(spec, params, tokens_1t, real_1t, rules=rules)[0]
 
 
+@functools.partial(jax.jit, static_argnames="units", donate_argnums=0)
+def save(pages, slot, first, *, units):
+    """A slot's states into pages from `first` on."""
+    return paged.saved(pages, slot, first, units)
+
+
+@functools.partial(jax.jit, static_argnames="units", donate_argnums=0)
+def restore(pages, slot, first, *, units):
+    """A slot's states from pages from `first` on."""
+    return paged.restored(pages, slot, first, units)
+
+
 def _logits(spec, params, hidden_btd, rules):
     logits_btv = decoder.logits(spec, params, hidden_btd, rules)
     return mesh.reshard(logits_btv[:, -1], jax.P(None, None))

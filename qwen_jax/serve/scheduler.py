@@ -11,6 +11,10 @@ as no page of them was kept).
 
 Ids may be a step behind: a row is planned with what the device was given to do.
 
+With recurrent layers (`state_units`) a row can only begin where a state was kept: one
+is kept behind the last whole page of each prompt, and where a prompt leaves a path that
+others went before. Those pages are of another size class: see `pages.py`.
+
 Invariants: a page is free, or one row's, or a node's of `prefix.py`; page 0 is
 nobody's. A row that runs has pages for all its tokens and the next. The pages that a
 row shares are whole, so no row writes into them. Nothing here touches a device, and
@@ -25,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen_jax.serve import pages as pages_lib
 from qwen_jax.serve import prefix as prefix_lib
 from qwen_jax.serve import request as request_lib
 
@@ -47,6 +52,8 @@ class Row:
         self.nodes: list[prefix_lib.Node] = []
         self.pages: list[int] = []  # its own, behind those of its nodes
         self.table = np.zeros(table_pages, np.int32)
+        self.restore: int | None = None  # pages of the state it begins with
+        self.marks: tuple[int, ...] = ()  # lengths behind which its state is kept
         self.cached = 0  # tokens of the prompt that were there when it first ran
         self.ran = False
         self.answer: Any = None
@@ -83,10 +90,12 @@ class Prefill:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step does; preempted: rows that lost their pages to others."""
+    """What a step does. restore: rows whose states are copied before anything else;
+    preempted: rows that lost their pages to others."""
 
     prefill: Prefill | None
     decode: list[Row]
+    restore: list[Row]
     preempted: list[Row]
 
     def __bool__(self) -> bool:
@@ -102,24 +111,44 @@ class Scheduler:
       page_tokens: tokens of a page.
       piece: most tokens of a prompt that a step computes, a multiple of the page.
       sharing: whether whole pages are kept for prompts that begin alike.
+      state_units: pages that a state takes; 0 for models without.
     """
 
     def __init__(
-        self, *, rows: int, pages: int, page_tokens: int, piece: int, sharing: bool
+        self,
+        *,
+        rows: int,
+        pages: int,
+        page_tokens: int,
+        piece: int,
+        sharing: bool,
+        state_units: int = 0,
     ):
         self.page_tokens, self.piece, self.sharing = page_tokens, piece, sharing
-        self.total = pages - 1
+        # A power of two, as size classes are.
+        size = 1 << (state_units - 1).bit_length() if state_units else 0
+        if 4 * size > pages - 1:  # states would push out all else
+            size, self.sharing = 0, sharing and not state_units
+        self._state_class = size
+        slabs = [n * size for n in (8, 4, 2) if 4 * n * size <= pages - 1]
+        slab = max([*slabs, size, 1]) if size else 1
+        self.total = (pages - 1) // slab * slab
+        # A class that lacks a page may take any slab that is not full.
+        how = {"max_used": 0.99, "idle_ticks": 0, "low_share": 0.0}
+        self._arena = pages_lib.Pages(
+            self.total, pages_lib.Settings(slab_units=slab, **how)
+        )
         self.waiting: collections.deque[Row] = collections.deque()
         self.running: list[Row] = []  # in the order they were admitted
         self.prefix = prefix_lib.Prefix(page_tokens)
         self._slots = list(range(rows - 1, -1, -1))
-        self._free = list(range(pages - 1, 0, -1))
         self.asked = self.found = self.preempted = 0
 
     @property
     def used(self) -> int:
         """Pages that rows have, alone or together."""
-        return self.total - len(self._free) - self.prefix.unused
+        shared = {id(node) for row in self.running for node in row.nodes}
+        return len(shared) + sum(len(row.pages) for row in self.running)
 
     def add(self, row: Row) -> None:
         """One more row in the queue."""
@@ -133,17 +162,17 @@ class Scheduler:
             if row.slot >= 0 and row.goes_on and not self._room(row, preempted):
                 if row.slot >= 0:
                     return None
-        if not preempted:
-            self._admit()
+        restore = [] if preempted else self._admit()
         prefill = None
         for row in self.running:
             if row.length < row.wanted:
-                count = min(self.piece, row.wanted - row.length)
-                prefill = Prefill(row, row.length, count)
+                ends = [mark for mark in row.marks if mark > row.length]
+                end = min([row.wanted, row.length + self.piece, *ends])
+                prefill = Prefill(row, row.length, end - row.length)
                 break
         # Those among them that were admitted just now have all they want already.
         decode = [row for row in self.running if row.goes_on]
-        return Plan(prefill, decode, preempted)
+        return Plan(prefill, decode, restore, preempted)
 
     def _room(self, row: Row, preempted: list[Row]) -> bool:
         """A page for the next token of `row`, from the youngest rows where none is
@@ -163,39 +192,79 @@ class Scheduler:
         self._give(row, [page])
         return True
 
-    def _page(self) -> int | None:
-        if not self._free:
-            self._free += self.prefix.evict(1)
-        return self._free.pop() if self._free else None
+    def _page(self, size: int = 1) -> int | None:
+        """A page of a class, in the place of what nobody uses where none is free."""
+        tries = 4 * size if size > 1 else self.total
+        while (unit := self._arena.alloc(size)) is None:
+            pages = self.prefix.evict() if tries > 0 else []
+            tries -= 1
+            if not pages:
+                state = self.prefix.drop_state()
+                if state is None:
+                    return None
+                pages = [state]
+            self._back(pages)
+        return unit + 1
+
+    def _back(self, pages: list[int]) -> None:
+        for page in pages:
+            self._arena.free(page - 1)
 
     def _give(self, row: Row, pages: list[int]) -> None:
         at = len(row.nodes) + len(row.pages)
         row.table[at : at + len(pages)] = pages
         row.pages += pages
 
-    def _admit(self) -> None:
+    def _admit(self) -> list[Row]:
+        """Rows that wait, in their order, as far as there are slots and pages; those
+        among them that begin with a state."""
+        begun = []
         while self.waiting and self._slots:
             row = self.waiting[0]
-            nodes = []
+            nodes, there, c = [], 0, self.page_tokens
             if self.sharing and row.request.prompt_logprobs is None:
-                nodes = self.prefix.match(row.request.salt, row.ids)
-            need = -(-(len(row.ids) + 1) // self.page_tokens) - len(nodes)
-            if need > len(self._free) + self.prefix.unused:
+                states = self._state_class > 0
+                nodes, there = self.prefix.match(
+                    row.request.salt, row.ids, states=states
+                )
+            need = -(-(len(row.ids) + 1) // c) - len(nodes)
+            # Copied before anything else is done, so it may be dropped meanwhile.
+            state, pages = nodes[-1].state if nodes else None, []
+            while len(pages) < need and (page := self._page()) is not None:
+                pages.append(page)
+            if len(pages) < need:
+                self._back(pages)
                 self.prefix.release(nodes)
-                return
+                return begun
             self.waiting.popleft()
-            if need > len(self._free):
-                self._free += self.prefix.evict(need - len(self._free))
             row.nodes = nodes
             row.table[: len(nodes)] = [node.page for node in nodes]
-            self._give(row, [self._free.pop() for _ in range(need)])
-            row.length = len(nodes) * self.page_tokens
+            self._give(row, pages)
+            row.length = len(nodes) * c
             row.slot = self._slots.pop()
+            if self._state_class and self.sharing:
+                row.marks = (there * c, (row.wanted - 1) // c * c)
+                row.restore = state
+                begun += [row] if nodes else []
             if not row.ran:
                 row.ran, row.cached = True, row.length
                 self.asked += len(row.ids)
                 self.found += row.length
             self.running.append(row)
+        return begun
+
+    def state_page(self, row: Row) -> int | None:
+        """Where the state of a row is to be kept, behind the ids that are in its pages;
+        None where it need not, or cannot."""
+        if row.length not in row.marks or not row.nodes or row.ahead:
+            return None
+        node = row.nodes[-1]
+        if len(row.nodes) * self.page_tokens != row.length or node.state is not None:
+            return None
+        state = self._page(self._state_class)
+        if state is not None:
+            self.prefix.keep(node, state)
+        return state
 
     def share(self, row: Row) -> None:
         """Whole pages of the row, where their ids are known, can be shared."""
@@ -208,7 +277,7 @@ class Scheduler:
             row.pages.pop(0)
             row.nodes.append(node)
             if not new:  # another row computed the same page before: that one is kept
-                self._free.append(page)
+                self._back([page])
                 row.table[at] = node.page
 
     def _leave(self, row: Row) -> None:
@@ -216,8 +285,9 @@ class Scheduler:
         self.running.remove(row)
         self._slots.append(row.slot)
         self.prefix.release(row.nodes)
-        self._free += row.pages
+        self._back(row.pages)
         row.slot, row.length, row.nodes, row.pages = -1, 0, [], []
+        row.restore, row.marks = None, ()
         row.table[:] = 0
 
     def end(self, row: Row) -> None:

@@ -35,13 +35,20 @@ EVENTS = st.lists(
 class World:
     """A device of lists, a step behind when it is told to be."""
 
-    def __init__(self, rows, pages, sharing):
+    def __init__(self, rows, pages, sharing, state_units):
         self.plan = scheduler.Scheduler(
-            rows=rows, pages=pages, page_tokens=C, piece=PIECE, sharing=sharing
+            rows=rows,
+            pages=pages,
+            page_tokens=C,
+            piece=PIECE,
+            sharing=sharing,
+            state_units=state_units,
         )
+        self.states = [None] * rows  # by slot: the ids that a state has seen
+        self.units, self.restored = state_units, 0
         self.pages = collections.defaultdict(lambda: [None] * C)
         self.flying, self.rows, self.done = collections.deque(), [], []
-        self.capacity = (pages - 1) * C
+        self.capacity = self.plan.total * C
 
     def add(self, prompt, answer, kind):
         ids = tuple((7 * kind + i) % 50 if i < 13 else i * kind for i in range(prompt))
@@ -65,23 +72,45 @@ class World:
         if plan is None:
             self.land(0)
             plan = self.plan.plan()
+        for row in plan.restore if self.units else ():
+            seen = self.pages[row.restore][0]
+            assert seen == tuple(row.ids[: row.length])
+            assert all(
+                self.pages[row.restore + i][0] == seen for i in range(self.units)
+            )
+            self.states[row.slot] = seen
+            self.restored += 1
         if plan.prefill is not None:
             now = plan.prefill
+            self.sees(
+                now.row, now.row.ids[now.start : now.start + now.count], now.start
+            )
             for at in range(now.start, now.start + now.count):
                 self.write(now.row, at, now.row.ids[at])
             now.row.length += now.count
             self.plan.share(now.row)
+            state = self.plan.state_page(now.row)
+            if state is not None:
+                for i in range(self.units):
+                    self.pages[state + i] = [self.states[now.row.slot]] * C
             if now.last and not now.row.said:
                 self.flies([now.row])
         for row in plan.decode:
             assert row.slot >= 0 and not row.over
             token = row.ids[-1] if not row.ahead else next_id(row.ids)
+            self.sees(row, [token], row.length)
             self.write(row, row.length, token)
             row.length += 1
         if plan.decode:
             self.flies(plan.decode)
         self.land(1 if behind and plan.decode else 0)
         return bool(plan)
+
+    def sees(self, row, ids, start):
+        """The state of the row's slot takes ids in; it has seen all before them."""
+        before = self.states[row.slot] if start else ()
+        assert not self.units or len(before) == start
+        self.states[row.slot] = (*(before or ()), *ids)
 
     def flies(self, rows):
         for row in rows:
@@ -102,7 +131,8 @@ class World:
 
     def check(self):
         plan = self.plan
-        owned = list(plan._free)
+        live = plan._arena.state().pages
+        owned = []
         for row in plan.running:
             owned += row.pages
             assert row.slot >= 0
@@ -114,7 +144,12 @@ class World:
                 assert self.pages[row.table[at // C]][at % C] == row.ids[at]
         nodes = list(every_node(plan.prefix))
         owned += [node.page for node in nodes]
-        assert sorted(owned) == list(range(1, plan.total + 1))
+        assert sorted(owned) == [x.unit + 1 for x in live if x.size == 1]
+        states = [node.state for node in nodes if node.state is not None]
+        if plan._state_class != 1:
+            big = [x.unit + 1 for x in live if x.size > 1]
+            assert sorted(states) == big
+        assert len(states) == len(plan.prefix._states)
         users = collections.Counter(id(n) for row in plan.running for n in row.nodes)
         assert all(node.users == users[id(node)] for node in nodes)
         assert plan.prefix.unused == sum(node.users == 0 for node in nodes)
@@ -145,11 +180,12 @@ def every_node(prefix):
 @hypothesis.given(
     events=EVENTS,
     rows=st.integers(1, 4),
-    pages=st.integers(3, 14),
+    pages=st.integers(3, 40),
     sharing=st.booleans(),
+    state_units=st.sampled_from([0, 0, 2, 3]),
 )
-def test_pages_hold_what_their_rows_say(events, rows, pages, sharing):
-    world = World(rows, pages, sharing)
+def test_pages_hold_what_their_rows_say(events, rows, pages, sharing, state_units):
+    world = World(rows, pages, sharing, state_units)
     for name, *how in events:
         if name == "add":
             world.add(*how)
@@ -188,10 +224,28 @@ def test_the_longest_unused_leaf_goes_first():
     for name in "bac":
         tree.release(paths[name])
     assert tree.unused == tree.nodes == 4
-    found = tree.match("", (1, 2, 5, 6, 9))  # b is in use again
+    found, _ = tree.match("", (1, 2, 5, 6, 9))  # b is in use again
     assert [node.page for node in found] == [0, 12]
-    assert tree.evict(4) == [2, 20]  # a's own page, then c's; those of b stay
+    # a's own page, then c's; those of b stay.
+    assert [tree.evict() for _ in range(3)] == [[2], [20], []]
     tree.release(found)
-    assert tree.evict(4) == [12, 0]
-    assert tree.match("", (1, 2, 3)) == [] and tree.nodes == 0
-    assert tree.match("other", (1, 2, 3)) == []
+    assert [tree.evict() for _ in range(3)] == [[12], [0], []]
+    assert tree.match("", (1, 2, 3)) == ([], 0) and tree.nodes == 0
+    assert tree.match("other", (1, 2, 3)) == ([], 0)
+
+
+def test_a_path_is_taken_as_far_as_a_state_is_there():
+    tree = prefix_lib.Prefix(2)
+    one, _ = tree.insert("", None, (1, 2), 5)
+    two, _ = tree.insert("", one, (3, 4), 6)
+    tree.release([one, two])
+    ids = (1, 2, 3, 4, 5)
+    assert tree.match("", ids, states=True) == ([], 2)
+    tree.keep(one, 70)
+    found, there = tree.match("", ids, states=True)
+    assert (found, there) == ([one], 2)
+    tree.release(found)
+    tree.keep(two, 80)
+    assert tree.drop_state() == 70 and one.state is None
+    assert tree.evict() == [6, 80] and tree.evict() == [5]
+    assert tree.drop_state() is None
