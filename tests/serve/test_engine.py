@@ -125,6 +125,26 @@ def test_a_prompt_that_was_there_is_not_computed_again(monkeypatch):
     assert ids_of(other) == ids_of(first)[:4]
 
 
+def test_hybrid_models_go_on_where_a_state_was_kept():
+    made = engine.Engine(HYBRID, weights(HYBRID), settings=SETTINGS, stop_ids=())
+    made.warm()
+    compiled = made.load().compiled
+    (prompt, *ends) = prompts(13, (45, 9, 12, 17))
+
+    def ask(name, prompt):
+        told = made.run([Request(name, prompt, 8)])[name]
+        assert ids_of(told) == by_hand(prompt, 8, HYBRID)
+        return told[-1].usage.cached
+
+    assert ask("a", prompt) == 0
+    assert ask("b", prompt) == 40  # five whole pages of 8
+    assert ask("c", (*prompt, *ends[0])) == 40
+    # Another end behind 28 ids: pages are there and no state. One is kept on the way.
+    assert ask("d", (*prompt[:28], *ends[1])) == 0
+    assert ask("e", (*prompt[:28], *ends[2])) == 24
+    assert made.load().compiled == compiled
+
+
 def test_answers_do_not_depend_on_the_schedule():
     """Fifty schedules drawn at random: alone, many at once, in pieces of either size,
     found in the cache or not, cancelled beside, preempted for want of pages."""
