@@ -34,8 +34,10 @@ class Settings:
     for what `memory_bytes` holds, at most what all rows can fill. max_tokens: longest
     prompt and answer together; 0 for the model's positions, at most 32,768. piece: most
     tokens of a prompt in a step, a multiple of the page. max_waiting: most requests in
-    the queue. sharing: keep pages for prompts that begin alike. embeddings: compile
-    what vectors of documents need, too (for models without a head always).
+    the queue. max_wait_s: refuse a request that is expected to wait longer for its
+    first id; 0 for no limit. sharing: keep pages for prompts that begin alike.
+    embeddings: compile what vectors of documents need, too (for models without a head
+    always).
     """
 
     rows: int = 16
@@ -45,6 +47,7 @@ class Settings:
     max_tokens: int = 0
     piece: int = 256
     max_waiting: int = 256
+    max_wait_s: float = 0.0
     sharing: bool = True
     embeddings: bool = False
 
@@ -54,6 +57,8 @@ class Settings:
                 raise config.InputError(
                     f"{name}={getattr(self, name)}: wanted at least 1"
                 )
+        if not self.max_wait_s >= 0:
+            raise config.InputError(f"max_wait_s={self.max_wait_s}: wanted 0 or more")
         if self.piece % self.page_tokens:
             raise config.InputError(
                 f"piece={self.piece}: wanted a multiple of page_tokens="

@@ -42,6 +42,7 @@ from qwen_jax.serve import programs, scheduler
 from qwen_jax.serve import request as request_lib
 
 Tell = Callable[[request_lib.Piece], None]
+LATE = 0.2  # weight of the newest in what is known of late
 log = logging.getLogger(__name__)
 
 
@@ -96,6 +97,11 @@ class Engine:
         self._calls = itertools.count()  # of `generate`, which may be called at once
         self.steps = 0
         self.plan_s = self.busy_s = 0.0  # in the scheduler, in steps at all
+        # Of late: seconds of a step for each token of a prompt, and between two ends of
+        # rows while all slots are taken.
+        self._token_s = self._end_s = 0.0
+        self._ended_s: float | None = None
+        self._pieced = 0
         self._empty()
 
     def _empty(self) -> None:
@@ -133,6 +139,9 @@ class Engine:
             waiting = len(self._new) + len(self._scheduler.waiting)
             if waiting >= self.settings.max_waiting:
                 raise Overloaded(waiting, retry_after_s=1.0)
+            wait_s = self._expected_s(request)
+            if 0 < self.settings.max_wait_s < wait_s:
+                raise Overloaded(waiting, retry_after_s=wait_s)
             if request.id in self._tells:
                 raise config.InputError(f"request {request.id!r} is in flight already")
             self._tells[request.id] = (tell, request.n)
@@ -159,6 +168,18 @@ class Engine:
         self._check_ids(tuple(request.logit_bias), "logit_bias")
         if request.stop and self.tokenizer is None:
             raise config.InputError("stop texts need an engine with a tokenizer")
+
+    def _expected_s(self, request: request_lib.Request) -> float:
+        """Seconds until the first id of a new request, as of late: the prompts before
+        it and its own, and rows that have to end before it has a slot."""
+        plan = self._scheduler
+        before = [request, *(one for one, _ in self._new)]
+        tokens = sum(len(one.prompt) for one in before)
+        tokens += sum(row.wanted - row.length for row in plan.waiting)
+        tokens += sum(row.wanted - row.length for row in plan.running)
+        rows = sum(one.n for one in before) + len(plan.waiting) + len(plan.running)
+        ends = max(0, rows - self.settings.rows)
+        return tokens * self._token_s + ends * self._end_s
 
     def _check_ids(self, ids: Sequence[int], name: str) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self.spec.vocab_size:
@@ -318,10 +339,13 @@ class Engine:
                 self._fail(error)
                 return True
             finally:
-                self.busy_s += time.perf_counter() - began
+                took_s = time.perf_counter() - began
+                self.busy_s += took_s
+                if self._pieced:
+                    self._token_s += LATE * (took_s / self._pieced - self._token_s)
 
     def _step(self) -> bool:
-        began = time.perf_counter()
+        self._pieced, began = 0, time.perf_counter()
         with self._lock:
             self._take_in()
             plan = self._scheduler.plan()
@@ -335,6 +359,7 @@ class Engine:
             self._land(0)
             return bool(self.in_flight)
         self.steps += 1
+        self._pieced = plan.prefill.count if plan.prefill is not None else 0
         for row in plan.restore:
             self._device.restore(row)
         if plan.prefill is not None:
@@ -450,6 +475,12 @@ class Engine:
 
     def _end(self, row: scheduler.Row, finish: str, **more: Any) -> None:
         """The last piece of a row, with the lock held."""
+        if row.slot >= 0:
+            full = len(self._scheduler.running) == self.settings.rows
+            now_s, before_s = time.perf_counter(), self._ended_s
+            if full and before_s is not None:
+                self._end_s += LATE * (now_s - before_s - self._end_s)
+            self._ended_s = now_s if full else None
         self._scheduler.end(row)
         said = len(row.ids) - len(row.request.prompt)
         usage = request_lib.Usage(len(row.request.prompt), row.cached, said)
