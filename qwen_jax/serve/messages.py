@@ -28,7 +28,7 @@ MAX_TOOLS = 128
 MAX_TEXT = 16 * 2**20  # letters; the limit of a body holds first
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
-IMAGES = picture.Limits(file_bytes=8 * 2**20, pixels=2**25)
+IMAGES = picture.Limits(file_bytes=6 * 2**20, pixels=2**25)
 MAX_IMAGES = 64
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _DATA = re.compile(r"data:([a-z]+/[a-z0-9.+-]+);base64,")
