@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax.serve import answers, errors, fields, guarding, protocol
+from qwen_jax.serve import answers, errors, fields, guarding, prompts, protocol
 from qwen_jax.serve import flight as flight_lib
 from qwen_jax.serve import request as request_lib
 from qwen_jax.serve import served as served_lib
@@ -163,8 +163,8 @@ async def embeddings(
     if wanted.dimensions is not None and wanted.dimensions > width:
         said = f"Invalid dimensions: {wanted.dimensions}; wanted at most {width}."
         raise errors.invalid("dimensions", "integer_above_max_value", said)
-    prompts = await asyncio.to_thread(_inputs, wanted, served)
-    vectors_nd = await asyncio.to_thread(served.engine.embed, prompts)
+    inputs = await asyncio.to_thread(_inputs, wanted, served)
+    vectors_nd = await asyncio.to_thread(served.engine.embed, inputs)
     if wanted.dimensions is not None:
         vectors_nd = vectors_nd[:, : wanted.dimensions]
         norms_n1 = np.linalg.norm(vectors_nd, axis=1, keepdims=True)
@@ -180,7 +180,7 @@ async def embeddings(
         }
         for i, vector_d in enumerate(vectors_nd)
     ]
-    count = sum(map(len, prompts))
+    count = sum(map(len, inputs))
     usage = {"prompt_tokens": count, "total_tokens": count}
     return {"object": "list", "data": data, "model": served.name, "usage": usage}
 
@@ -190,6 +190,8 @@ def _inputs(
 ) -> list[tuple[int, ...]]:
     limit, made = served.engine.max_tokens, []
     for one in wanted.inputs:
+        if isinstance(one, str):
+            prompts.check_length(one, served, "input")
         ids = served.model.tokenizer.encode(one) if isinstance(one, str) else one
         if len(ids) > limit:
             said = f"This model's maximum context length is {limit} tokens, and an "

@@ -178,9 +178,11 @@ class App:
         if size > most or len(lines) > self.settings.header_lines:
             raise headers_too_large(most)
         names = [name for name, _ in lines]
+        if scope["http_version"] not in ("1.0", "1.1"):
+            raise no_http("Wanted HTTP/1.1.")
         if b"transfer-encoding" in names and b"content-length" in names:
             said = "Content-Length and Transfer-Encoding exclude each other."
-            raise errors.invalid(None, "invalid_http", said)
+            raise no_http(said)
         path = scope["path"]
         if path not in OPEN:
             sent = bodies.header(scope, b"authorization")
@@ -240,6 +242,8 @@ class App:
             made = []
             for i, prompt in enumerate(wanted.prompts):
                 words, text = served.model.tokenizer, isinstance(prompt, str)
+                if text:
+                    prompts.check_length(prompt, served, "prompt")
                 request = prompts.request(
                     wanted,
                     served,
@@ -382,6 +386,11 @@ def _of_starlette(error: exceptions.HTTPException, scope: Any) -> errors.ApiErro
     return errors.ApiError(
         error.status_code, "method_not_allowed", said, headers={"allow": allowed}
     )
+
+
+def no_http(said: str) -> errors.ApiError:
+    """400 for what breaks HTTP's own rules; what follows it is not read."""
+    return errors.ApiError(400, "invalid_http", said, headers={"connection": "close"})
 
 
 def headers_too_large(most_bytes: int) -> errors.ApiError:

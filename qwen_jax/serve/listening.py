@@ -76,7 +76,7 @@ class Protocol(h11_impl.H11Protocol):
         if status == 431:
             self._refuse(http.headers_too_large(self.conn._max_incomplete_event_size))
             return
-        self._refuse(errors.invalid(None, "invalid_http", "This is no HTTP request."))
+        self._refuse(http.no_http("This is no HTTP request."))
 
     def _heard(self) -> None:
         if self._waits is not None:
