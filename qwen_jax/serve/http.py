@@ -20,6 +20,7 @@ import logging
 import re
 import time
 import uuid
+from concurrent import futures
 from typing import Any
 
 from starlette import exceptions, routing
@@ -85,6 +86,8 @@ class App:
         self._requests = gate.Limit(self.settings.requests_a_minute, "requests", clock)
         self._tokens = gate.Limit(self.settings.tokens_a_minute, "tokens", clock)
         self.draining, self.in_flight = False, 0
+        # Apart from the loop's own threads, in which embeddings may take their time.
+        self._pool = futures.ThreadPoolExecutor(4, "prepare")
         self._router = self._routes()
 
     def _routes(self) -> routing.Router:
@@ -211,6 +214,9 @@ class App:
         )
         return json_body.parse(data)
 
+    async def _in_pool(self, prepared: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, prepared)
+
     def _salt(self, scope: Any) -> str:
         return scope["state"]["holder"]
 
@@ -227,7 +233,7 @@ class App:
             return made
 
         async def begun(stack: contextlib.AsyncExitStack) -> chat_api.Chat:
-            prompt = await asyncio.to_thread(prepared)
+            prompt = await self._in_pool(prepared)
             one = await self._flight(scope, stack, served, prompt.request)
             return chat_api.Chat(wanted, prompt, one, self.guard, self.board)
 
@@ -261,7 +267,7 @@ class App:
 
         async def begun(stack: Any) -> completions_api.Completion:
             flights = []
-            for request in await asyncio.to_thread(prepared):
+            for request in await self._in_pool(prepared):
                 flights.append(await self._flight(scope, stack, served, request))
             return completions_api.Completion(
                 wanted, flights, self.guard, self.board, request_id

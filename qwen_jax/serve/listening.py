@@ -4,8 +4,8 @@
 Source: uvicorn's h11 protocol. Deviations: what is no HTTP is refused in the shape of
 `errors`; a header block larger than its limit is 431; a header that does not come
 within HEADER_S is 408, a connection that says nothing is closed; no more than
-`max_connections` are kept; a client that goes on sending after it was answered is cut
-off after LINGER_BYTES.
+`max_connections` are kept; a client that goes on sending a body after it was answered
+is cut off after LINGER_BYTES or LINGER_S.
 
 Drain: at the first SIGTERM or SIGINT `/ready` and new requests get 503, requests in
 flight finish; after `shutdown_s` those that are left end with an error frame, and the
@@ -19,6 +19,7 @@ import resource
 import socket
 import sys
 import time
+import uuid
 from typing import Any
 
 import h11
@@ -29,7 +30,7 @@ from qwen_jax import config
 from qwen_jax.serve import errors, http
 
 HEADER_S = 30.0
-LINGER_BYTES = 64 * 2**20
+LINGER_BYTES, LINGER_S = 64 * 2**20, 10.0
 SPARE_FILES = 64
 FLUSH_S = 0.5
 
@@ -60,11 +61,15 @@ class Protocol(h11_impl.H11Protocol):
         """Some bytes of a request."""
         self._spoke = True
         if self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY:
+            if not self._after:
+                self._waits = self.loop.call_later(LINGER_S, self.transport.abort)
             self._after += len(data)
             if self._after > LINGER_BYTES:
                 self.transport.abort()
                 return
         super().data_received(data)
+        if self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY:
+            return
         if self.conn.their_state is not h11.IDLE:
             self._heard()
         elif self._waits is None and not self.transport.is_closing():
@@ -102,6 +107,7 @@ class Protocol(h11_impl.H11Protocol):
             headers = {
                 "content-type": "application/json",
                 "content-length": str(len(body)),
+                "x-request-id": f"req_{uuid.uuid4().hex}",
                 **error.headers,
                 "connection": "close",
             }

@@ -86,6 +86,9 @@ class Engine:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def start(self):
+        """It runs from the start."""
+
     def submit(self, request, tell):
         if self.full:
             raise Overloaded(2.0)

@@ -13,6 +13,7 @@ import time
 import httpx
 import pytest
 
+from qwen_jax.serve import listening
 from tests.data import chat_templates
 from tests.serve import fake_engine, scripts, servers
 
@@ -487,3 +488,23 @@ def test_many_at_once(server):
             one.result()
     assert texts == {scripts.HELLO}
     assert not server.app.board.flights
+
+
+def test_a_body_that_drips_after_the_answer():
+    """Answered without being read; what drips on is cut off."""
+    with servers.running(keys=["sk-test-0123456789"]) as one:
+        data = servers.post(CHAT, b"x" * 1000)
+        with socket.create_connection(("127.0.0.1", one.port), 5) as slow:
+            slow.sendall(data[:-900])
+            assert servers.error_of(servers.answer_of(slow))[0] == 401
+            begun_s, cut = time.monotonic(), False
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(listening, "LINGER_S", 0.3)
+                while not cut and time.monotonic() - begun_s < 3:
+                    try:
+                        slow.sendall(b"x")
+                        time.sleep(0.05)
+                    except OSError:
+                        cut = True
+        assert cut
+        assert httpx.get(f"{one.url}/health").status_code == 200
