@@ -12,7 +12,6 @@ Raises: config.InputError for a model, an address, a name or keys that cannot be
 """
 
 import argparse
-import importlib
 import ipaddress
 import logging
 import os
@@ -29,7 +28,7 @@ from typing import Any
 import jax
 
 from qwen_jax import config, talk
-from qwen_jax.serve import gate, guarding, http, listening
+from qwen_jax.serve import device, engine, gate, guarding, http, listening
 from qwen_jax.serve import served as served_lib
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
@@ -62,7 +61,19 @@ def run(
     _log_to_stderr()
     sock = listening.listen(args.host, args.port)
     server = listening.server(app, shutdown_s=args.shutdown_timeout_s)
-    loader = _Loader(args, name, models, make_engine or engine_of, server)
+    if make_engine is None:
+        held = device.Settings(max_waiting=args.max_queue)
+
+        def make_engine(model: talk.Model) -> engine.Engine:
+            return engine.Engine(
+                model.spec,
+                model.params,
+                model.tokenizer,
+                settings=held,
+                stop_ids=model.stop_ids,
+            )
+
+    loader = _Loader(args, name, models, make_engine, server)
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"listening at http://{shown}:{port}/v1, loading {name}", flush=True)
@@ -96,7 +107,7 @@ class _Loader:
     def _load(self) -> None:
         begun_s = time.monotonic()
         try:
-            model = talk.load_model(self._args.model, self._dtype())
+            model = talk.load_model(self._args.model, self._dtype(), lay_out=False)
             self._engine = self._make_engine(model)
             self._engine.start()
         except BaseException as error:
@@ -128,17 +139,6 @@ class _Loader:
             self._engine.close(0.0)
         print("ended", flush=True)
         return 0
-
-
-def engine_of(model: talk.Model) -> Any:
-    """The engine of a model."""
-    try:
-        engine = importlib.import_module("qwen_jax.serve.engine")
-    except ModuleNotFoundError:
-        raise config.InputError(
-            "there is no engine in this installation; install qwen_jax anew"
-        ) from None
-    return engine.Engine(model.spec, model.params, model.tokenizer)
 
 
 def name_of(path: str, given: str) -> str:

@@ -1,28 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""/v1/completions and /v1/embeddings.
+"""/v1/completions: flights of an engine -> a text_completion, or its chunks.
 
 A completion may have several prompts, each a flight of its own; choices are numbered
 prompt by prompt. `echo` puts the prompt's text before the answer, and its
 log-probabilities before those of the answer. Offsets are in letters of the choice's
-text. Embeddings are of unit length; with `dimensions`, the first of them, made of unit
-length again (Matryoshka).
+text.
 
-Formats: base64 is of little-endian float32.
-Raises: errors.ApiError of the flights; 400 for inputs that do not fit.
+Raises: errors.ApiError of the flights.
 """
 
-import asyncio
-import base64
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-import numpy as np
-
-from qwen_jax.serve import answers, errors, fields, guarding, prompts, protocol
+from qwen_jax.serve import answers, guarding, protocol
 from qwen_jax.serve import flight as flight_lib
 from qwen_jax.serve import request as request_lib
-from qwen_jax.serve import served as served_lib
 
 
 class _Logprobs:
@@ -119,18 +112,31 @@ class Completion:
         """Changes of all choices; one prompt after another, which all run meanwhile."""
         for i, flight in enumerate(self._flights):
             echoed: set[int] = set()
-            prompt_logprobs: tuple[request_lib.Logprob, ...] | None = None
-            async for step in answers.steps(flight, self._answers[i]):
+            async for step, told in self._with_prompt(flight, self._answers[i]):
                 index = i * self._wanted.n + step.index
-                if step.prompt_logprobs is not None:
-                    prompt_logprobs = step.prompt_logprobs
                 if self._wanted.echo and step.index not in echoed:
                     echoed.add(step.index)
-                    yield self._echo(index, flight, prompt_logprobs or ())
+                    yield self._echo(index, flight, told)
                 text = "".join(part for _, part in step.told)
                 if text or step.logprobs or step.finish is not None:
                     arrays = self._logprobs[i][step.index].arrays(step.logprobs)
                     yield _choice(index, text, arrays, step.finish)
+
+    async def _with_prompt(
+        self, flight: flight_lib.Flight, of: list[answers.Answer]
+    ) -> AsyncIterator[tuple[answers.Step, tuple[request_lib.Logprob, ...]]]:
+        """Steps with what is known of the prompt, which comes with the first answer's
+        first step; those of others wait for it."""
+        asked = flight.request.prompt_logprobs is not None
+        known = None if asked and len(flight.request.prompt) > 1 else ()
+        held = []
+        async for step in answers.steps(flight, of):
+            known = step.prompt_logprobs if known is None else known
+            held.append(step)
+            while held and known is not None:
+                yield held.pop(0), known
+        for step in held:
+            yield step, ()
 
     def _echo(self, index: int, flight: flight_lib.Flight, told: Any) -> dict[str, Any]:
         ids, n = flight.request.prompt, self._wanted.n
@@ -149,56 +155,3 @@ class Completion:
 
 def _choice(i: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
     return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-
-async def embeddings(
-    wanted: protocol.Embedding, served: served_lib.Served
-) -> dict[str, Any]:
-    """The answer of /v1/embeddings.
-
-    Raises:
-      errors.ApiError: an input that does not fit, or more dimensions than there are.
-    """
-    width = served.model.spec.width
-    if wanted.dimensions is not None and wanted.dimensions > width:
-        said = f"Invalid dimensions: {wanted.dimensions}; wanted at most {width}."
-        raise errors.invalid("dimensions", "integer_above_max_value", said)
-    inputs = await asyncio.to_thread(_inputs, wanted, served)
-    vectors_nd = await asyncio.to_thread(served.engine.embed, inputs)
-    if wanted.dimensions is not None:
-        vectors_nd = vectors_nd[:, : wanted.dimensions]
-        norms_n1 = np.linalg.norm(vectors_nd, axis=1, keepdims=True)
-        vectors_nd = vectors_nd / np.maximum(norms_n1, 1e-12)
-    vectors_nd = np.asarray(vectors_nd, "<f4")
-    data = [
-        {
-            "object": "embedding",
-            "index": i,
-            "embedding": base64.b64encode(vector_d.tobytes()).decode()
-            if wanted.base64
-            else vector_d.tolist(),
-        }
-        for i, vector_d in enumerate(vectors_nd)
-    ]
-    count = sum(map(len, inputs))
-    usage = {"prompt_tokens": count, "total_tokens": count}
-    return {"object": "list", "data": data, "model": served.name, "usage": usage}
-
-
-def _inputs(
-    wanted: protocol.Embedding, served: served_lib.Served
-) -> list[tuple[int, ...]]:
-    limit, made = served.engine.max_tokens, []
-    for one in wanted.inputs:
-        if isinstance(one, str):
-            prompts.check_length(one, served, "input")
-        ids = served.model.tokenizer.encode(one) if isinstance(one, str) else one
-        if len(ids) > limit:
-            said = f"This model's maximum context length is {limit} tokens, and an "
-            said += f"input has {len(ids)}; shorten it."
-            raise errors.invalid("input", "context_length_exceeded", said)
-        if max(ids) >= served.model.spec.vocab_size:
-            said = f"ids below {served.model.spec.vocab_size}"
-            raise fields.wrong_value("input", said, max(ids))
-        made.append(tuple(ids))
-    return made

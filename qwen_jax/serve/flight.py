@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from qwen_jax import config
-from qwen_jax.serve import errors, metrics
+from qwen_jax.serve import engine, errors, metrics
 from qwen_jax.serve import request as request_lib
 from qwen_jax.serve import served as served_lib
 
@@ -89,12 +89,13 @@ class Flight:
             self.served.engine.submit(self.request, self._tell)
         except config.InputError as error:
             raise errors.invalid(None, "invalid_value", str(error)) from None
-        except Exception as error:
-            retry_s = getattr(error, "retry_after_s", None)
-            if retry_s is None:
-                raise
+        except engine.Overloaded as error:
             told.shed("queue_full")
-            raise errors.overloaded(retry_s) from None
+            raise errors.overloaded(error.retry_after_s) from None
+        except engine.Closed:
+            raise errors.unavailable(
+                "draining", "The server is shutting down."
+            ) from None
         self._board.add(self)
         return self
 

@@ -68,15 +68,23 @@ class Matcher:
     def __init__(self, compiler: "Compiler", inner: Any, thinks: bool):
         self._compiler, self._inner = compiler, inner
         self._thinks, self._tail = thinks, b""
+        self._broken: GrammarError | None = None
 
     def allowed(self) -> np.ndarray:
-        """Ids that may come next."""
+        """Ids that may come next. It never raises, for it is asked in the midst of a
+        step for all answers; where the parser gave up, `accept` says so."""
         if self._thinks:
             return self._compiler.all_but_ends
-        return self._compiler.mask(self._inner)
+        try:
+            return self._compiler.mask(self._inner)
+        except GrammarError as error:
+            self._broken = error
+            return self._compiler.all_but_ends
 
     def accept(self, token: int) -> None:
         """One more id."""
+        if self._broken is not None:
+            raise self._broken
         if self._thinks:
             self._tail = (self._tail + self._compiler.bytes_of(token))[-64:]
             self._thinks = _THOUGHT not in self._tail

@@ -30,6 +30,7 @@ from qwen_jax.serve import (
     bodies,
     chat_api,
     completions_api,
+    embeddings_api,
     errors,
     flight,
     gate,
@@ -316,7 +317,7 @@ class App:
         wanted = protocol.embedding_request(await self._body(scope, receive))
         served = self.models.get(wanted.model)
         made = await bodies.unless_gone(
-            receive, completions_api.embeddings(wanted, served)
+            receive, embeddings_api.embeddings(wanted, served)
         )
         holder = scope["state"]["holder"]
         self._tokens.take(holder, made["usage"]["total_tokens"], least=-(10**12))

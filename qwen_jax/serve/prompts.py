@@ -22,9 +22,6 @@ from qwen_jax.serve import request as request_lib
 from qwen_jax.serve import served as served_lib
 
 MANY_LETTERS = 12  # for one token; most texts have 2 to 5
-# Settings that a record of sampling has; an engine that knows no penalties has a record
-# without them, and a request for them is refused.
-_SETTINGS = {field.name for field in dataclasses.fields(sampling_lib.Sampling)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,11 +235,7 @@ def _sampling(
 ) -> sampling_lib.Sampling:
     """What the request says, else what the model's publisher advises, else OpenAI's
     default of temperature 1."""
-    for name in wanted.penalties:
-        if name not in _SETTINGS:
-            said = f"Unsupported parameter: {name}; use repetition_penalty."
-            raise errors.invalid(name, "unsupported_parameter", said)
     seed = secrets.randbits(63) if wanted.seed is None else wanted.seed % 2**63
     settings = {"temperature": 1.0} | dict(served.model.advised)
-    settings |= dict(wanted.chosen) | dict(wanted.penalties)
+    settings |= wanted.chosen
     return sampling_lib.Sampling(**settings, seed=seed)

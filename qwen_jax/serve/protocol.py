@@ -25,8 +25,8 @@ MAX_COUNT = 2**31 - 1
 MAX_BIASES = 2048
 MAX_INPUTS = 2048
 FORMAT_AT = "response_format.json_schema.schema"
-FEW = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-PENALTIES = ("presence_penalty", "frequency_penalty")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING += ("presence_penalty", "frequency_penalty")
 
 _Field = fields.Field
 _LABEL = _Field(fields.Text(512))
@@ -251,15 +251,14 @@ _MODERATION = {
 class Common:
     """What chat and completions have in common.
 
-    chosen: settings of sampling that were given. penalties: likewise, not 0. seed: as
-    given. stop_ids: besides the model's own. logprobs: None, or how many beside each.
+    chosen: settings of sampling that were given. seed: as given. stop_ids: besides the
+    model's own. logprobs: None, or how many beside each.
     """
 
     model: str
     n: int
     max_tokens: int | None
     chosen: Mapping[str, Any]
-    penalties: Mapping[str, float]
     logit_bias: Mapping[int, float]
     seed: int | None
     stop: tuple[str, ...]
@@ -319,8 +318,7 @@ def _common(v: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": v["model"],
         "n": v["n"],
-        "chosen": {name: v[name] for name in FEW if v[name] is not None},
-        "penalties": {name: v[name] for name in PENALTIES if v[name]},
+        "chosen": {name: v[name] for name in SAMPLING if v[name] is not None},
         "logit_bias": v["logit_bias"],
         "seed": v["seed"],
         "stop": v["stop"],

@@ -46,7 +46,7 @@ class Engine(Protocol):
         request: request_lib.Request,
         tell: Callable[[request_lib.Piece], None],
     ) -> None:
-        """Take a request; InputError, or an error with `retry_after_s` when full."""
+        """Take a request, or raise InputError, engine.Overloaded or engine.Closed."""
 
     def cancel(self, request_id: str) -> None:
         """End a request."""

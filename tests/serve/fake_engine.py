@@ -19,15 +19,8 @@ import numpy as np
 from qwen_jax import config
 from qwen_jax.data import chat, tokenizer
 from qwen_jax.models import spec as spec_lib
+from qwen_jax.serve import engine
 from qwen_jax.serve import request as request_lib
-
-
-class Overloaded(Exception):
-    """As the engine's."""
-
-    def __init__(self, retry_after_s: float):
-        super().__init__("full")
-        self.retry_after_s = retry_after_s
 
 
 @dataclasses.dataclass
@@ -91,7 +84,7 @@ class Engine:
 
     def submit(self, request, tell):
         if self.full:
-            raise Overloaded(2.0)
+            raise engine.Overloaded(9, 2.0)
         if self.fault == "submit":
             raise RuntimeError("secret /etc/path in a stack")
         if self.fault == "never":
@@ -241,7 +234,8 @@ class _Row:
     def _tell(self, text, ids, logprobs, **more):
         request = self.job.request
         asked = request.prompt_logprobs is not None
-        if asked and len(self.ids) == 1 and self.index == 0:
+        several = asked and len(request.prompt) > 1
+        if several and len(self.ids) == 1 and self.index == 0:
             told = tuple(self._logprob(token) for token in request.prompt[1:])
             more["prompt_logprobs"] = told
         piece, self.told = text[self.told :], len(text)

@@ -206,7 +206,7 @@ def test_prompts_that_the_guard_blocks(guarded):
 
 def test_answers_that_the_guard_blocks(guarded):
     """The word is never sent, streamed or not; the engine is stopped."""
-    client = guarded.client()
+    client, guarded.engine.delay_s = guarded.client(), 0.02
     whole = scripts.ask(client, scripts.user("tell")).choices[0]
     assert whole.finish_reason == "content_filter"
     assert whole.message.content.startswith("First you take a")

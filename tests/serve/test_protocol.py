@@ -104,7 +104,7 @@ def test_every_field_refuses_what_it_is_not(route):
 
 def test_every_record_of_sampling_can_be_made():
     """What the table lets through, the engine's record takes."""
-    for name in protocol.FEW:
+    for name in protocol.SAMPLING:
         kind = protocol._CHAT[name].kind
         low = math.nextafter(0, 1) if getattr(kind, "above", False) else kind.low
         for value in (low, kind.high):
@@ -119,7 +119,6 @@ def test_defaults():
         "n": 1,
         "max_tokens": None,
         "chosen": {},
-        "penalties": {},
         "logit_bias": {},
         "seed": None,
         "stop": (),
