@@ -114,12 +114,34 @@ async def steps(
     A request whose answers are all over before the engine knows (a guard, the one call
     that may be) is cancelled in it; an answer of several runs on unseen.
     """
-    async for piece in flight:
-        step = await answers[piece.index].read(piece)
-        if step is not None:
+    async for pieces in flight:
+        made: dict[int, Step] = {}
+        for piece in pieces:
+            step = await answers[piece.index].read(piece)
+            if step is not None:
+                before = made.get(step.index)
+                made[step.index] = step if before is None else _both(before, step)
+        for step in made.values():
             yield step
         if all(answer.over for answer in answers):
             flight.cancel()
+
+
+def _both(first: Step, second: Step) -> Step:
+    """Two steps of an answer as one."""
+    told = list(first.told)
+    for kind, part in second.told:
+        if told and kind == told[-1][0] != parts.CALL:
+            told[-1] = (kind, told[-1][1] + part)
+        else:
+            told.append((kind, part))
+    return Step(
+        first.index,
+        tuple(told),
+        first.logprobs + second.logprobs,
+        second.finish,
+        first.prompt_logprobs or second.prompt_logprobs,
+    )
 
 
 def usage(flight: flight_lib.Flight, reasoning: int | None = None) -> dict[str, Any]:

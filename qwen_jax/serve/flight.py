@@ -2,10 +2,11 @@
 """A request on its way through an engine, from the side of an asyncio program.
 
     async with Flight(served, request, board) as flight:
-        async for piece in flight: ...
+        async for pieces in flight: ...
 
-The engine tells pieces from its own thread; here they come in the loop's. Whoever
-leaves the block early (a client that hangs up, an error) has the request cancelled.
+The engine tells pieces from its own thread; here they come in the loop's, as many at a
+time as have come: a loop that falls behind has less to do for each. Whoever leaves the
+block early (a client that hangs up, an error) has the request cancelled.
 
 Invariants: every flight that begins ends on the board, for whatever reason.
 Raises: errors.ApiError: 429 overloaded, 400 for what the engine cannot ever do, 500 for
@@ -17,7 +18,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from qwen_jax import config
@@ -35,13 +36,31 @@ class Board:
         """max_waiting: requests without a first piece; more are refused."""
         self.told, self.max_waiting = told, max_waiting
         self.flights: set[Flight] = set()
+        self._coming = 0  # requests that are being prepared
         self._lock = threading.Lock()
 
     @property
     def waiting(self) -> int:
         """Requests without a first piece."""
         with self._lock:
-            return sum(flight.first_s is None for flight in self.flights)
+            told = sum(flight.first_s is None for flight in self.flights)
+            return told + self._coming
+
+    @contextlib.contextmanager
+    def coming(self) -> Iterator[None]:
+        """The block makes a request ready; refused at once where too many wait.
+
+        Raises:
+          errors.ApiError: 429 overloaded.
+        """
+        if self.waiting >= self.max_waiting:
+            self.told.shed("queue_full")
+            raise errors.overloaded(1.0)
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
 
     def add(self, flight: "Flight") -> None:
         """One more."""
@@ -82,9 +101,6 @@ class Flight:
 
     async def __aenter__(self) -> "Flight":
         told = self._board.told
-        if self._board.waiting >= self._board.max_waiting:
-            told.shed("queue_full")
-            raise errors.overloaded(1.0)
         try:
             self.served.engine.submit(self.request, self._tell)
         except config.InputError as error:
@@ -118,24 +134,28 @@ class Flight:
     def _tell(self, piece: request_lib.Piece) -> None:
         # The loop may be closed when a server ends in the midst of answers.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._come.put_nowait, piece)
+            come = (time.monotonic(), piece)
+            self._loop.call_soon_threadsafe(self._come.put_nowait, come)
 
-    async def __aiter__(self) -> AsyncIterator[request_lib.Piece]:
+    async def __aiter__(self) -> AsyncIterator[list[request_lib.Piece]]:
         while self._left:
-            piece = await self._come.get()
-            if isinstance(piece, errors.ApiError):
-                raise piece
-            self._count(piece)
-            if piece.finish == request_lib.ERROR:
-                logger.error("request %s: %s", self.request.id, piece.error)
-                raise errors.internal(self.request.id, "internal_error")
-            if piece.finish == request_lib.CANCELLED and not self._ended:
-                raise errors.unavailable("draining", "The server is shutting down.")
-            yield piece
+            come = [await self._come.get()]
+            while not self._come.empty():
+                come.append(self._come.get_nowait())
+            pieces = []
+            for one in come:
+                error = one if isinstance(one, errors.ApiError) else self._count(*one)
+                if error is None:
+                    pieces.append(one[1])
+                    continue
+                if pieces:  # what came before it is told before it
+                    yield pieces
+                raise error
+            yield pieces
 
-    def _count(self, piece: request_lib.Piece) -> None:
-        """Note what a piece says on the board."""
-        told, name, now_s = self._board.told, self.served.name, time.monotonic()
+    def _count(self, now_s: float, piece: request_lib.Piece) -> errors.ApiError | None:
+        """Note what a piece says on the board; the error that it is, if it is one."""
+        told, name = self._board.told, self.served.name
         if piece.ids:
             self.answer_ids += len(piece.ids)
             last_s = self._last_s.get(piece.index)
@@ -152,3 +172,9 @@ class Flight:
                 self.usage[piece.index] = piece.usage
             if not self._left:
                 told.finished(self, piece.finish, now_s)
+        if piece.finish == request_lib.ERROR:
+            logger.error("request %s: %s", self.request.id, piece.error)
+            return errors.internal(self.request.id, "internal_error")
+        if piece.finish == request_lib.CANCELLED and not self._ended:
+            return errors.unavailable("draining", "The server is shutting down.")
+        return None

@@ -45,6 +45,7 @@ from qwen_jax.serve import served as served_lib
 logger = logging.getLogger("qwen_jax.serve")
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 OPEN = ("/health", "/ready")  # no key, and also while draining
+SMALL_BYTES = 4096  # a body that is read at once; in a larger one may be an image
 WATCHED = (*OPEN, "/metrics", "/version")
 
 
@@ -202,8 +203,8 @@ class App:
 
     # --- routes ---
 
-    async def _body(self, scope: Any, receive: Any) -> dict[str, Any]:
-        """A JSON body, counted against the limit of requests."""
+    async def _body(self, scope: Any, receive: Any, read: Any) -> Any:
+        """What `read` makes of a JSON body, counted against the limit of requests."""
         try:
             self._requests.take(scope["state"]["holder"], 1)
             self._tokens.take(scope["state"]["holder"], 0)
@@ -213,7 +214,9 @@ class App:
         data = await bodies.read(
             scope, receive, self.settings.body_bytes, self.settings.body_s
         )
-        return json_body.parse(data)
+        if len(data) <= SMALL_BYTES:
+            return read(json_body.parse(data))
+        return await self._in_pool(lambda: read(json_body.parse(data)))
 
     async def _in_pool(self, prepared: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, prepared)
@@ -222,7 +225,7 @@ class App:
         return scope["state"]["holder"]
 
     async def _chat(self, scope: Any, receive: Any) -> Any:
-        wanted = protocol.chat_request(await self._body(scope, receive))
+        wanted = await self._body(scope, receive, protocol.chat_request)
         served = self.models.get(wanted.model)
 
         def prepared() -> prompts.ChatPrompt:
@@ -234,14 +237,15 @@ class App:
             return made
 
         async def begun(stack: contextlib.AsyncExitStack) -> chat_api.Chat:
-            prompt = await self._in_pool(prepared)
-            one = await self._flight(scope, stack, served, prompt.request)
+            with self.board.coming():
+                prompt = await self._in_pool(prepared)
+                one = await self._flight(scope, stack, served, prompt.request)
             return chat_api.Chat(wanted, prompt, one, self.guard, self.board)
 
         return await self._answered(scope, receive, wanted.stream, begun)
 
     async def _completions(self, scope: Any, receive: Any) -> Any:
-        wanted = protocol.completion_request(await self._body(scope, receive))
+        wanted = await self._body(scope, receive, protocol.completion_request)
         served = self.models.get(wanted.model)
         request_id = f"cmpl-{uuid.uuid4().hex}"
 
@@ -267,9 +271,9 @@ class App:
             return made
 
         async def begun(stack: Any) -> completions_api.Completion:
-            flights = []
-            for request in await self._in_pool(prepared):
-                flights.append(await self._flight(scope, stack, served, request))
+            with self.board.coming():
+                made = await self._in_pool(prepared)
+                flights = [await self._flight(scope, stack, served, r) for r in made]
             return completions_api.Completion(
                 wanted, flights, self.guard, self.board, request_id
             )
@@ -314,7 +318,7 @@ class App:
         )
 
     async def _embeddings(self, scope: Any, receive: Any) -> Any:
-        wanted = protocol.embedding_request(await self._body(scope, receive))
+        wanted = await self._body(scope, receive, protocol.embedding_request)
         served = self.models.get(wanted.model)
         made = await bodies.unless_gone(
             receive, embeddings_api.embeddings(wanted, served)
@@ -324,7 +328,7 @@ class App:
         return bodies.Whole(made)
 
     async def _moderations(self, scope: Any, receive: Any) -> Any:
-        wanted = protocol.moderation_request(await self._body(scope, receive))
+        wanted = await self._body(scope, receive, protocol.moderation_request)
         work = guarding.moderations(self.guard, self.told, wanted)
         return bodies.Whole(await bodies.unless_gone(receive, work))
 

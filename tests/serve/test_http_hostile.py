@@ -238,6 +238,24 @@ def test_verbs_and_upgrades(server):
     assert server.raw(GET + upgrade).startswith(b"HTTP/1.1 200")
 
 
+def test_requests_in_one_packet(server):
+    """Pipelined: answered in order, a stream among them."""
+    bodies = [chat_of(stream=True), chat_of(n=0), chat_of(max_tokens=1)]
+    data = b"".join(servers.post(CHAT, body) for body in bodies)
+    with socket.create_connection(("127.0.0.1", server.port), 10) as one:
+        one.sendall(data[:-2])
+        time.sleep(0.1)
+        one.sendall(data[-2:])
+        got = b""
+        while got.count(b"HTTP/1.1 ") < 3 or b'"usage"' not in got:
+            more = one.recv(65536)
+            assert more
+            got += more
+    parts = got.split(b"HTTP/1.1 ")[1:]
+    assert [part[:3] for part in parts] == [b"200", b"400", b"200"]
+    assert b"data: [DONE]" in parts[0] and b"integer_below_min_value" in parts[1]
+
+
 def test_slow_clients():
     """Row 17: slow bodies and headers are answered and closed, silent ones closed."""
     with servers.running(body_s=0.5, header_s=0.5) as one:

@@ -100,6 +100,20 @@ def test_a_strict_tool_is_called_by_its_schema(client):
     )
 
 
+@pytest.mark.parametrize("say", ["the weather?", "as json"])
+def test_a_call_or_an_answer_of_a_form(client, say):
+    """Row 13 with 12: tools may be called, what is no call is by the schema."""
+    schema = {"type": "object", "required": ["name"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    made = scripts.ask(
+        client, scripts.user(say), tools=[scripts.WEATHER], response_format=form
+    ).choices[0]
+    if made.finish_reason == "tool_calls":
+        assert made.message.content is None
+    else:
+        assert "name" in json.loads(made.message.content)
+
+
 @pytest.mark.parametrize(
     ("which", "say"),
     [
