@@ -12,6 +12,7 @@ Raises: config.InputError for a model, an address, a name or keys that cannot be
 """
 
 import argparse
+import contextlib
 import ipaddress
 import logging
 import os
@@ -22,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -47,6 +48,9 @@ def run(
     for flag in ("max_queue", "shutdown_timeout_s"):
         if getattr(args, flag) <= 0:
             raise config.InputError(f"--{flag} {getattr(args, flag)}: wanted above 0")
+    for flag in ("requests_per_minute", "tokens_per_minute"):
+        if getattr(args, flag) < 0:
+            raise config.InputError(f"--{flag} {getattr(args, flag)}: 0 is no limit")
     if not 0 <= args.port < 2**16:
         raise config.InputError(f"--port {args.port}: wanted 0 to 65535")
     models = served_lib.Models()
@@ -58,7 +62,6 @@ def run(
         metrics_prefix=args.metrics_prefix,
     )
     app = http.App(models, keys=keys, guard=guard, settings=settings)
-    _log_to_stderr()
     sock = listening.listen(args.host, args.port)
     server = listening.server(app, shutdown_s=args.shutdown_timeout_s)
     if make_engine is None:
@@ -80,11 +83,9 @@ def run(
     loader.thread.start()
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
         signal.signal(signal.SIGHUP, server.handle_exit)
-    try:
+    with _log_to_stderr(), contextlib.closing(sock):
         server.run([sock])
-    finally:
-        sock.close()
-    return loader.end()
+        return loader.end()
 
 
 class _Loader:
@@ -184,12 +185,19 @@ def check_address(host: str, has_keys: bool, insecure: bool) -> None:
         )
 
 
-def _log_to_stderr() -> None:
+@contextlib.contextmanager
+def _log_to_stderr() -> Iterator[None]:
     """One line a request: when, route, status, seconds, id."""
     logger = logging.getLogger("qwen_jax.serve")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
