@@ -318,6 +318,24 @@ def test_embeddings(client, hermes):
     assert by_ids.data[0].embedding == made.data[0].embedding
 
 
+def test_embeddings_end_as_the_tokenizer_says(client, hermes):
+    """The id that tokenizer.json puts behind every text is behind ours."""
+    words = hermes.engine.model.tokenizer
+    end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, end]
+    steps = [{"type": "ByteLevel"}, {"type": "TemplateProcessing", "single": single}]
+    before = words.document.get("post_processor")
+    words.document["post_processor"] = {"type": "Sequence", "processors": steps}
+    try:
+        made = client.embeddings.create(model="tiny", input="one")
+    finally:
+        words.document["post_processor"] = before
+    ids = [*words.encode("one"), words.specials["<|endoftext|>"]]
+    want = client.embeddings.create(model="tiny", input=ids)
+    assert made.data[0].embedding == want.data[0].embedding
+    assert made.usage.prompt_tokens == len(ids)
+
+
 def picture(color=(255, 0, 0), size=(4, 4), kind="PNG"):
     import io
 
