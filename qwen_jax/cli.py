@@ -199,6 +199,15 @@ def _add_serve(verbs: Any) -> None:
         metavar="S",
         help="for requests in flight when the server is to end (default: 30)",
     )
+    add("--guard", action="store_true", help="judge prompts and answers by rules")
+    add("--guard_policy", default="", metavar="FILE", help="what it blocks; see guard")
+    add("--guard_head", default="", metavar="DIR", help="a folder of `guard train`")
+    add(
+        "--guard_audit",
+        default="",
+        metavar="FILE",
+        help="log of its decisions, hashes by the environment's QWEN_JAX_AUDIT_KEY",
+    )
     add("--metrics_prefix", choices=("qwen_jax:", "vllm:"), default="qwen_jax:")
 
 

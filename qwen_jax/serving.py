@@ -29,7 +29,7 @@ from typing import Any
 import jax
 
 from qwen_jax import config, talk
-from qwen_jax.serve import device, engine, gate, guarding, http, listening
+from qwen_jax.serve import device, engine, gate, guard, http, listening
 from qwen_jax.serve import served as served_lib
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
@@ -39,7 +39,6 @@ def run(
     args: argparse.Namespace,
     *,
     make_engine: Callable[[talk.Model], Any] | None = None,
-    guard: guarding.Guard | None = None,
 ) -> int:
     """Serve until a signal; the exit code."""
     name = name_of(args.model, args.name)
@@ -61,7 +60,7 @@ def run(
         tokens_a_minute=args.tokens_per_minute,
         metrics_prefix=args.metrics_prefix,
     )
-    app = http.App(models, keys=keys, guard=guard, settings=settings)
+    app = http.App(models, keys=keys, guard=guard_of(args), settings=settings)
     sock = listening.listen(args.host, args.port)
     server = listening.server(app, shutdown_s=args.shutdown_timeout_s)
     if make_engine is None:
@@ -140,6 +139,16 @@ class _Loader:
             self._engine.close(0.0)
         print("ended", flush=True)
         return 0
+
+
+def guard_of(args: argparse.Namespace) -> guard.Guard | None:
+    """The guard that flags ask for, if they do."""
+    given = (args.guard_policy, args.guard_head, args.guard_audit)
+    if not args.guard and not any(given):
+        return None
+    key = os.environ.get("QWEN_JAX_AUDIT_KEY", "").encode()
+    policy, head, audit = given
+    return guard.load(policy, head=head, audit=audit, audit_key=key)
 
 
 def name_of(path: str, given: str) -> str:

@@ -57,16 +57,19 @@ class Answer:
         if self._over:
             return None
         index, finish = piece.index, piece.finish
-        if not await self._watch.passes(piece.text):
+        passed = await self._watch.passed(
+            piece.text, _without_end(piece), finish is not None
+        )
+        if passed is None:
             self._over = True
             return Step(index, finish=FILTER)
-        logprobs = _without_end(piece)
+        text, logprobs = passed
         if self._split is None:
-            told = ((parts.CONTENT, piece.text),) if piece.text else ()
+            told = ((parts.CONTENT, text),) if text else ()
         else:
             if self._split.thinking:
                 self.reasoning_ids += self._counted(piece.ids)
-            told = tuple(self._split.push(piece.text))
+            told = tuple(self._split.push(text))
             if finish is not None:
                 told += tuple(self._split.end())
             told = self._cut(told)

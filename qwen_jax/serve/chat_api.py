@@ -19,6 +19,7 @@ from typing import Any
 from qwen_jax.data import reply
 from qwen_jax.serve import answers, guarding, parts, prompts, protocol
 from qwen_jax.serve import flight as flight_lib
+from qwen_jax.serve import guard as guard_lib
 from qwen_jax.serve import request as request_lib
 
 
@@ -30,14 +31,16 @@ class Chat:
         wanted: protocol.Chat,
         prompt: prompts.ChatPrompt,
         flight: flight_lib.Flight,
-        guard: guarding.Guard | None,
+        guard: guard_lib.Guard | None,
         board: flight_lib.Board,
     ):
         self._wanted, self._flight = wanted, flight
         self._words = flight.served.model.tokenizer
         self._answers = [
             answers.Answer(
-                guarding.Watch(guard, board.told),
+                guarding.Watch(
+                    guard, board.told, wanted.given.messages, flight.request.id
+                ),
                 parts.Parts(thinks=prompt.thinks, tools=prompt.tools),
                 many_calls=wanted.parallel,
                 thought_id=self._words.specials.get(reply.THOUGHT),

@@ -15,6 +15,7 @@ from typing import Any
 
 from qwen_jax.serve import answers, guarding, protocol
 from qwen_jax.serve import flight as flight_lib
+from qwen_jax.serve import guard as guard_lib
 from qwen_jax.serve import request as request_lib
 
 
@@ -59,7 +60,7 @@ class Completion:
         self,
         wanted: protocol.Completion,
         flights: list[flight_lib.Flight],
-        guard: guarding.Guard | None,
+        guard: guard_lib.Guard | None,
         board: flight_lib.Board,
         request_id: str,
     ):
@@ -67,8 +68,18 @@ class Completion:
         served = flights[0].served
         self._words = served.model.tokenizer
         self._answers = [
-            [answers.Answer(guarding.Watch(guard, board.told)) for _ in range(wanted.n)]
-            for _ in flights
+            [
+                answers.Answer(
+                    guarding.Watch(
+                        guard,
+                        board.told,
+                        self._words.decode(flight.request.prompt),
+                        flight.request.id,
+                    )
+                )
+                for _ in range(wanted.n)
+            ]
+            for flight in flights
         ]
         self._logprobs = [
             [_Logprobs(self._words, wanted.logprobs) for _ in range(wanted.n)]

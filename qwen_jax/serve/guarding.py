@@ -1,66 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server asks of a guard, and the route that asks it directly.
+"""The guard between clients and engine: prompts before, answers while they come.
 
-A guard judges prompts whole and answers as they come. What it blocks is not answered
-(400 content_filter), or ends there (finish_reason "content_filter"): the piece in which
-it was seen is not sent. A guard that raises lets nothing through.
+What the guard blocks is not answered (400 content_filter), or ends there (finish_reason
+"content_filter"). Of an answer no more is sent than the guard has passed: what may yet
+become part of a finding is kept back (`hold`), and so are the log-probabilities of what
+is kept back, which would tell it.
 
-Formats: /v1/moderations answers with OpenAI's categories and the guard's own.
+Formats: /v1/moderations answers as `guard.moderation_results` has it.
+Invariants: a guard that raises lets nothing through.
 Raises: errors.ApiError.
 """
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from qwen_jax.serve import errors, metrics, protocol
+from qwen_jax.serve import errors, guard_verdict, metrics, protocol
+from qwen_jax.serve import guard as guard_lib
+from qwen_jax.serve import request as request_lib
 
-# The categories that OpenAI's clients look for.
-CATEGORIES = (
-    "harassment",
-    "harassment/threatening",
-    "hate",
-    "hate/threatening",
-    "illicit",
-    "illicit/violent",
-    "self-harm",
-    "self-harm/instructions",
-    "self-harm/intent",
-    "sexual",
-    "sexual/minors",
-    "violence",
-    "violence/graphic",
-)
-
-
-class Verdict(Protocol):
-    """blocked: it must not pass. flagged: worth telling. label: one word, such as
-    "unsafe". scores: 0 to 1 by category, OpenAI's names or the guard's own."""
-
-    blocked: bool
-    flagged: bool
-    label: str
-    scores: Mapping[str, float]
-
-
-class Guard(Protocol):
-    """What judges texts; called from several threads."""
-
-    name: str
-
-    def check_prompt(self, said: str | list[dict[str, Any]]) -> Verdict:
-        """Judge a text, or a conversation ({role, content} each)."""
-
-    def stream(self) -> Callable[[str], Verdict]:
-        """A judge of one answer, given its pieces in order."""
+Logprobs = tuple[request_lib.Logprob, ...]
 
 
 def check_prompt(
-    guard: Guard | None,
+    guard: guard_lib.Guard | None,
     told: metrics.Metrics,
     said: str | list[dict[str, Any]],
     param: str,
+    request_id: str,
 ) -> None:
     """Refuse what the guard blocks.
 
@@ -69,9 +36,9 @@ def check_prompt(
     """
     if guard is None:
         return
-    verdict = guard.check_prompt(said)
-    told.judged("input", verdict.label)
-    if verdict.blocked:
+    verdict = guard.check_prompt(said, request_id)
+    told.judged("input", verdict.level)
+    if verdict.action == guard_verdict.BLOCK:
         raise errors.ApiError(
             400,
             "content_filter",
@@ -82,24 +49,55 @@ def check_prompt(
 
 
 class Watch:
-    """The guard on one answer."""
+    """The guard on one answer; without a guard, everything passes.
 
-    def __init__(self, guard: Guard | None, told: metrics.Metrics):
-        self._push = None if guard is None else guard.stream()
-        self._told = told
+    said: what is answered, a text or messages.
+    """
 
-    async def passes(self, text: str) -> bool:
-        """Whether a piece may be sent."""
-        if self._push is None or not text:
-            return True
-        verdict = await asyncio.to_thread(self._push, text)
-        if verdict.blocked or verdict.flagged:
-            self._told.judged("output", verdict.label)
-        return not verdict.blocked
+    def __init__(
+        self,
+        guard: guard_lib.Guard | None,
+        told: metrics.Metrics,
+        said: str | list[dict[str, Any]],
+        request_id: str,
+    ):
+        self._watch = None if guard is None else guard.stream(said, request_id)
+        self._told, self._text = told, ""
+        self._logprobs: Logprobs = ()
+
+    async def passed(
+        self, text: str, logprobs: Logprobs, over: bool
+    ) -> tuple[str, Logprobs] | None:
+        """What may be sent with one more piece; None where the answer is blocked."""
+        if self._watch is None:
+            return text, logprobs
+        verdict, self._text = None, self._text + text
+        self._logprobs += logprobs
+        if text:
+            verdict = await asyncio.to_thread(self._watch.push, text)
+        if over and not _blocks(verdict):
+            verdict = await asyncio.to_thread(self._watch.end)
+        blocked = _blocks(verdict)
+        if over or blocked:
+            self._told.judged("output", verdict.level)
+        if blocked:
+            return None
+        held = 0 if over else verdict.hold if verdict else len(self._text)
+        cut = max(0, len(self._text) - held)
+        sent, self._text = self._text[:cut], self._text[cut:]
+        logprobs = () if self._text else self._logprobs
+        self._logprobs = self._logprobs if self._text else ()
+        return sent, logprobs
+
+
+def _blocks(verdict: guard_verdict.Verdict | None) -> bool:
+    return verdict is not None and verdict.action == guard_verdict.BLOCK
 
 
 async def moderations(
-    guard: Guard | None, told: metrics.Metrics, wanted: protocol.Moderation
+    guard: guard_lib.Guard | None,
+    told: metrics.Metrics,
+    wanted: protocol.Moderation,
 ) -> dict[str, Any]:
     """The answer of /v1/moderations.
 
@@ -109,17 +107,10 @@ async def moderations(
     if guard is None:
         said = "This server has no guard, so it cannot judge texts."
         raise errors.ApiError(404, "unsupported_endpoint", said)
-    results = []
+    request_id, results = f"modr-{uuid.uuid4().hex}", []
     for text in wanted.texts:
-        verdict = await asyncio.to_thread(guard.check_prompt, text)
-        told.judged("moderation", verdict.label)
-        scores = dict.fromkeys(CATEGORIES, 0.0) | dict(verdict.scores)
-        results.append(
-            {
-                "flagged": bool(verdict.flagged or verdict.blocked),
-                "categories": {name: score >= 0.5 for name, score in scores.items()},
-                "category_scores": scores,
-                "category_applied_input_types": {name: ["text"] for name in scores},
-            }
-        )
-    return {"id": f"modr-{uuid.uuid4().hex}", "model": guard.name, "results": results}
+        verdict = await asyncio.to_thread(guard.check_prompt, text, request_id)
+        told.judged("moderation", verdict.level)
+        results.append(guard_lib.moderation_results(verdict))
+    name = "+".join(checker.name for checker in guard.checkers)
+    return {"id": request_id, "model": name, "results": results}

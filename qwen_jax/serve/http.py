@@ -40,6 +40,7 @@ from qwen_jax.serve import (
     prompts,
     protocol,
 )
+from qwen_jax.serve import guard as guard_lib
 from qwen_jax.serve import served as served_lib
 
 logger = logging.getLogger("qwen_jax.serve")
@@ -77,7 +78,7 @@ class App:
         models: served_lib.Models,
         *,
         keys: gate.Keys | None = None,
-        guard: guarding.Guard | None = None,
+        guard: guard_lib.Guard | None = None,
         settings: Settings | None = None,
         clock: Any = time.monotonic,
     ):
@@ -233,7 +234,8 @@ class App:
                 wanted, served, f"chatcmpl-{uuid.uuid4().hex}", self._salt(scope)
             )
             said = wanted.given.messages
-            guarding.check_prompt(self.guard, self.told, said, "messages")
+            name = made.request.id
+            guarding.check_prompt(self.guard, self.told, said, "messages", name)
             return made
 
         async def begun(stack: contextlib.AsyncExitStack) -> chat_api.Chat:
@@ -266,7 +268,7 @@ class App:
                     prompt_logprobs=wanted.logprobs if wanted.echo else None,
                 )
                 said = prompt if text else words.decode(prompt)
-                guarding.check_prompt(self.guard, self.told, said, "prompt")
+                guarding.check_prompt(self.guard, self.told, said, "prompt", request.id)
                 made.append(request)
             return made
 

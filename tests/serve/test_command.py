@@ -93,11 +93,13 @@ def test_a_server_and_its_end(folder, tmp_path):
     """SIGTERM under load: the stream finishes, the code is 0, no child stays."""
     keys = tmp_path / "keys"
     keys.write_text("# ours\nsk-test-0123456789\n\n")
-    with started("slow", f"--model={folder}", f"--api_key_file={keys}") as one:
+    words = (f"--model={folder}", f"--api_key_file={keys}", "--guard")
+    with started("slow", *words) as one:
         url = one.line(r"listening at (http://127.0.0.1:\d+/v1), loading Tiny-0.1")[1]
         one.line(r"Tiny-0.1 is ready after \d")
         with client_of(url, api_key="sk-test-0123456789") as client:
             assert [m.id for m in client.models.list().data] == ["Tiny-0.1"]
+            assert client.moderations.create(input="hello").model == "rules"
             stream = client.chat.completions.create(
                 model="Tiny-0.1", messages=scripts.SAY, stream=True
             )
@@ -193,6 +195,7 @@ def test_mistakes(folder, capsys, tmp_path, monkeypatch):
     assert "--port 70000" in refused(capsys, model, "--port=70000")
     assert "--max_queue 0" in refused(capsys, model, "--max_queue=0")
     assert "--shutdown_timeout_s" in refused(capsys, model, "--shutdown_timeout_s=-1")
+    assert "/none" in refused(capsys, model, "--guard_policy=/none")
     assert "did you mean --host?" in refused(capsys, model, "--hosst=x")
     keys = tmp_path / "keys"
     for text, said in (

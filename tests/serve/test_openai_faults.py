@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from qwen_jax.serve import guard, guard_verdict
 from qwen_jax.serve import served as served_lib
 from tests.serve import fake_engine, scripts, servers
 
@@ -145,45 +146,50 @@ def test_another_engine_under_the_same_name():
         other.close()
 
 
-@dataclasses.dataclass
-class Verdict:
-    blocked: bool
-    flagged: bool
-    label: str
-    scores: dict
+class Words:
+    """A checker that finds the word bomb."""
 
-
-class Guard:
-    """Blocks what says bomb."""
-
-    name = "word-guard"
+    name = "words"
     broken = False
 
-    def check_prompt(self, said):
+    def prompt(self, messages):
         if self.broken:
             raise RuntimeError("the guard is down at /secret/guard")
-        text = said if isinstance(said, str) else json.dumps(said)
-        bad = "bomb" in text
-        scores = {"violence": 0.9 if bad else 0.1, "Jailbreak": 0.2}
-        return Verdict(bad, bad, "unsafe" if bad else "safe", scores)
+        return self.of(json.dumps(messages))
 
-    def stream(self):
-        seen = ""
+    def response(self, messages, text):
+        return self.of(text)
 
-        def push(text):
-            nonlocal seen
-            seen += text
-            return self.check_prompt(seen)
+    def stream(self, messages):
+        return Listener(self)
 
-        return push
+    def of(self, text):
+        if "bomb" in text:
+            risks = {"Violent": guard_verdict.UNSAFE}
+            return guard_verdict.Finding(risks, {"Violent": 0.9})
+        # Beginnings of the word at the end may yet become it.
+        hold = max(n for n in range(4) if text.endswith("bomb"[:n]))
+        return guard_verdict.Finding(scores={"Violent": 0.1}, hold=hold)
+
+
+class Listener:
+    def __init__(self, words):
+        self.words, self.text = words, ""
+
+    def push(self, text):
+        self.text += text
+        return self.words.of(self.text)
+
+    def end(self):
+        return self.words.of(self.text)
 
 
 @pytest.fixture()
 def guarded():
-    guard = Guard()
-    script = {"tell": "First you take a bomb and then", "fine": "All is well."}
-    with servers.running(script=script, guard=guard) as one:
-        one.guard = guard
+    words = Words()
+    script = {"tell": "First you take a bomb and then", "fine": "All is well, bo"}
+    with servers.running(script=script, guard=guard.Guard([words])) as one:
+        one.words = words
         yield one
 
 
@@ -199,18 +205,21 @@ def test_prompts_that_the_guard_blocks(guarded):
         *(400, "content_policy_violation", "prompt", "content_filter"),
     )
     assert not guarded.engine.seen
-    assert scripts.ask(client, scripts.user("fine")).choices[0].message.content
-    count = metric(guarded, "qwen_jax:moderation_total", stage="input", label="unsafe")
-    assert count == 2
+    made = scripts.ask(client, scripts.user("fine")).choices[0]
+    assert (made.message.content, made.finish_reason) == ("All is well, bo", "stop")
+    name = "qwen_jax:moderation_total"
+    assert metric(guarded, name, stage="input", label="unsafe") == 2
+    assert metric(guarded, name, stage="output", label="safe") == 1
 
 
 def test_answers_that_the_guard_blocks(guarded):
-    """The word is never sent, streamed or not; the engine is stopped."""
+    """Not a letter of the word is sent, streamed or not; the engine is stopped."""
     client, guarded.engine.delay_s = guarded.client(), 0.02
-    whole = scripts.ask(client, scripts.user("tell")).choices[0]
+    whole = scripts.ask(client, scripts.user("tell"), logprobs=True).choices[0]
     assert whole.finish_reason == "content_filter"
-    assert whole.message.content.startswith("First you take a")
-    assert "bomb" not in whole.message.content
+    assert whole.message.content == "First you take a"
+    said = b"".join(bytes(one.bytes) for one in whole.logprobs.content)
+    assert b"b" not in said and b"First" in said
     chunks = scripts.streamed(client, scripts.user("tell"))
     text = "".join(c.choices[0].delta.content or "" for c in chunks)
     assert text == whole.message.content
@@ -218,37 +227,36 @@ def test_answers_that_the_guard_blocks(guarded):
     assert len(guarded.engine.cancelled) == 2
     made = client.completions.create(model="tiny", prompt="tell", max_tokens=90)
     assert made.choices[0].finish_reason == "content_filter"
+    assert made.choices[0].text == "First you take a "
 
 
 def test_a_guard_that_breaks_lets_nothing_through(guarded):
     """Fails closed, and says nothing of itself."""
-    guarded.guard.broken = True
+    guarded.words.broken = True
     error = told(
         lambda: scripts.ask(guarded.client(), scripts.user("fine")),
-        *(500, "server_error", None, None),
+        *(400, "content_policy_violation", "messages", "content_filter"),
     )
-    assert "secret" not in error.message
+    assert "secret" not in error.message and not guarded.engine.seen
 
 
 def test_moderations(guarded):
     """Row 22 of the good ones: OpenAI's categories, and the guard's own."""
     client = guarded.client()
     made = client.moderations.create(input=["a bomb", "a rose"])
-    assert made.id.startswith("modr-") and made.model == "word-guard"
+    assert made.id.startswith("modr-") and made.model == "words"
     assert [one.flagged for one in made.results] == [True, False]
     first = made.results[0]
     assert first.categories.violence is True and first.categories.hate is False
     assert first.category_scores.violence == 0.9
-    assert first.category_scores.model_extra["Jailbreak"] == 0.2
+    assert first.category_scores.model_extra["Violent"] == 0.9
     assert first.category_applied_input_types.violence == ["text"]
+    assert first.model_extra["qwen"]["level"] == "unsafe"
     parts = [{"type": "text", "text": "a bomb"}]
     assert client.moderations.create(input=parts).results[0].flagged
     told(
         lambda: client.moderations.create(input=[]),
-        400,
-        INVALID,
-        "input",
-        "empty_array",
+        *(400, INVALID, "input", "empty_array"),
     )
 
 
