@@ -29,6 +29,7 @@ DISK = {
     errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "change the permissions or choose another folder",
 }
+SERVE_NEEDS = ("starlette", "uvicorn", "h11", "prometheus_client", "llguidance")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -58,6 +59,7 @@ def parser() -> Parser:
     _add_run(verbs)
     _add_generate(verbs)
     _add_chat(verbs)
+    _add_serve(verbs)
     _add_data(verbs)
     _add_report(verbs)
     _add_convert(verbs)
@@ -155,6 +157,58 @@ def _add_chat(verbs: Any) -> None:
     add("--tools", default="", metavar="FILE", help="JSON schemas of tools, a list")
     add("--max_tokens", type=int, default=2048, help="of one answer (default: 2048)")
     _add_sampling(add)
+
+
+def _add_serve(verbs: Any) -> None:
+    serve = verbs.add_parser(
+        "serve",
+        help="an OpenAI-compatible server for a model folder",
+        description="Answer OpenAI's clients: /v1/chat/completions, /v1/completions, "
+        "/v1/embeddings, /v1/models; /health, /ready, /metrics. Only this machine can "
+        "connect unless --host says otherwise. A first SIGTERM or Ctrl-C lets requests "
+        "in flight finish, a second does not.",
+        allow_abbrev=False,
+    )
+    add = serve.add_argument
+    add("--model", required=True, metavar="DIR", help="a model folder or a GGUF file")
+    add("--name", default="", help="what clients call it (default: the folder's name)")
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    add("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    add(
+        "--api_key_file",
+        "--api-key-file",
+        default="",
+        metavar="FILE",
+        help="keys, one a line; the environment's QWEN_JAX_API_KEY is one as well",
+    )
+    add("--insecure", action="store_true", help="let other machines in without a key")
+    add("--dtype", default="", help="default: bfloat16, on a CPU float32")
+    add(
+        "--max_queue",
+        type=int,
+        default=256,
+        metavar="N",
+        help="requests that may wait; more get 429 (default: 256)",
+    )
+    add("--requests_per_minute", type=int, default=0, metavar="N", help="of each key")
+    add("--tokens_per_minute", type=int, default=0, metavar="N", help="of each key")
+    add(
+        "--shutdown_timeout_s",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="for requests in flight when the server is to end (default: 30)",
+    )
+    add("--guard", action="store_true", help="judge prompts and answers by rules")
+    add("--guard_policy", default="", metavar="FILE", help="what it blocks; see guard")
+    add("--guard_head", default="", metavar="DIR", help="a folder of `guard train`")
+    add(
+        "--guard_audit",
+        default="",
+        metavar="FILE",
+        help="log of its decisions, hashes by the environment's QWEN_JAX_AUDIT_KEY",
+    )
+    add("--metrics_prefix", choices=("qwen_jax:", "vllm:"), default="qwen_jax:")
 
 
 def _add_sampling(add: Any) -> None:
@@ -424,6 +478,19 @@ def _chat(args: argparse.Namespace, _: Any) -> int:
     return _load("terminal").chat(args)
 
 
+def _serve(args: argparse.Namespace, _: Any) -> int:
+    _with_huge_pages()
+    try:
+        program = _load("serving")
+    except ModuleNotFoundError as error:
+        if error.name not in SERVE_NEEDS:
+            raise
+        raise config.InputError(
+            f"serve needs {error.name}: pip install 'qwen_jax[serve]'"
+        ) from None
+    return program.run(args)
+
+
 def _data(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     return _load("tools").preview_data(args, overrides)
 
@@ -452,6 +519,7 @@ VERBS = {
     "run": _run,
     "generate": _generate,
     "chat": _chat,
+    "serve": _serve,
     "data": _data,
     "report": _report,
     "convert": _convert,

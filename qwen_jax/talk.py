@@ -53,12 +53,13 @@ class Model:
         return self.template or chat.template_of(self.tokenizer)
 
 
-def load_model(path: str, dtype: str = "float32") -> Model:
+def load_model(path: str, dtype: str = "float32", *, lay_out: bool = True) -> Model:
     """A model, its tokenizer and template from a path.
 
     Args:
       path: a Hugging Face folder or a GGUF file.
       dtype: of weights and compute.
+      lay_out: as `decode` reads them fastest; an engine wants them as they are.
     Raises:
       config.InputError: a run folder, or what `models.load` and `tokenizer.load` say.
     """
@@ -79,10 +80,11 @@ def load_model(path: str, dtype: str = "float32") -> Model:
     advised, ends = _advised(folder / "generation_config.json", spec.vocab_size)
     stop_ids = tuple(dict.fromkeys((*spec.eos_ids, *ends))) or (vocabulary.eos_id,)
     own = vocabulary.settings.get("chat_template")
+    apart = lay_out and _apart(spec, params)
     talks = own or vocabulary.im_start_id is not None
     return Model(
         spec=spec,
-        params=decode.laid_out(spec, params) if _apart(spec, params) else params,
+        params=decode.laid_out(spec, params) if apart else params,
         tokenizer=vocabulary,
         template=chat.template_of(vocabulary) if talks else None,
         advised=advised,
