@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 
-from qwen_jax import config, talk
+from qwen_jax import config, main, talk
 from qwen_jax.serve import device, engine, gate, guard, http, listening
 from qwen_jax.serve import served as served_lib
 
@@ -41,6 +41,7 @@ def run(
     make_engine: Callable[[talk.Model], Any] | None = None,
 ) -> int:
     """Serve until a signal; the exit code."""
+    main.use_compile_cache()
     name = name_of(args.model, args.name)
     keys = gate.keys_of(args.api_key_file)
     check_address(args.host, bool(keys), args.insecure)

@@ -12,6 +12,7 @@ Raises: config.InputError for settings that do not fit.
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from qwen_jax.models import decode, paged
 from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.serve import programs, scheduler
+
+log = logging.getLogger("qwen_jax.serve")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,11 @@ class Settings:
             lambda b: b < self.rows, (1 << i for i in range(20))
         )
         return (*powers, self.rows)
+
+    def full_buckets(self) -> tuple[int, ...]:
+        """Likewise with `programs.Extras`, which are wanted less often: every other."""
+        buckets = self.row_buckets()
+        return (*buckets[:-1:2], buckets[-1])
 
     def piece_buckets(self) -> tuple[int, ...]:
         """Sizes of pieces that prompts are computed in."""
@@ -213,8 +221,9 @@ class Device:
 
     def decode(self, rows: list[scheduler.Row]):
         """One more id of each row: (ids [b], told or None)."""
-        b = next(b for b in self.settings.row_buckets() if b >= len(rows))
-        full = any(is_full(row) for row in rows)
+        full, settings = any(is_full(row) for row in rows), self.settings
+        buckets = settings.full_buckets() if full else settings.row_buckets()
+        b = next(b for b in buckets if b >= len(rows))
         return self._decode(full, *self._feed(rows, b, full))
 
     def _decode(self, full, feed, mask_bw):
@@ -307,29 +316,53 @@ class Device:
         return compiled() - before
 
     def _warm_talk(self) -> None:
-        table = np.zeros((1, self.table_pages), np.int32)
-        nobody = np.array([self.settings.rows], np.int32)
-        places = paged.Places(table, np.zeros(1, np.int32), nobody)
-        for size in self.settings.piece_buckets():
-            tokens_1t, count = np.zeros((1, size), np.int32), np.int32(1)
-            logits_1v, self._pages = programs.prefill(
-                self._params, self._pages, tokens_1t, count, places, **self._how
-            )
-            next_t = np.zeros(size, np.int32)
-            logits_1v, _, self._pages = programs.prompt_scores(
-                self._params, self._pages, tokens_1t, next_t, count, places, **self._how
-            )
+        settings, rows = self.settings, {False: self.settings.row_buckets()}
+        rows[True] = settings.full_buckets()
+        steps = [("a piece", settings.piece_buckets(), self._warm_piece)]
         if self.state_units:
-            where = nobody[0], np.int32(0)
-            for run in (programs.save, programs.restore):
-                self._pages = run(self._pages, *where, units=self.state_units)
+            steps.append(("a state", (self.state_units,), self._warm_state))
+        steps += [
+            ("a first id", (1,), lambda _: self._warm_first()),
+            ("rows", rows[False], lambda b: self._decode(False, *self._feed([], b, 0))),
+            ("rows", rows[True], lambda b: self._decode(True, *self._feed([], b, 1))),
+        ]
+        count, done = sum(len(sizes) for _, sizes, _ in steps), 0
+        for name, sizes, run in steps:
+            for size in sizes:
+                done += 1
+                log.info("compiling %d of %d: %s of %d", done, count, name, size)
+                run(size)
+
+    def _warm_piece(self, size: int) -> None:
+        places = paged.Places(
+            np.zeros((1, self.table_pages), np.int32),
+            np.zeros(1, np.int32),
+            np.array([self.settings.rows], np.int32),  # nobody's
+        )
+        tokens_1t, next_t = np.zeros((1, size), np.int32), np.zeros(size, np.int32)
+        count = np.int32(1)
+        _, self._pages = programs.prefill(
+            self._params, self._pages, tokens_1t, count, places, **self._how
+        )
+        _, _, self._pages = programs.prompt_scores(
+            self._params, self._pages, tokens_1t, next_t, count, places, **self._how
+        )
+
+    def _warm_state(self, units: int) -> None:
+        where = np.int32(self.settings.rows), np.int32(0)
+        for run in (programs.save, programs.restore):
+            self._pages = run(self._pages, *where, units=units)
+
+    def _warm_first(self) -> None:
         counts_v = np.zeros(self.spec.vocab_size, np.int32)
         bias_v = counts_v.astype(np.float32)
-        self._extras = programs.begin(self._extras, nobody[0], counts_v, bias_v)
+        slot = np.int32(self.settings.rows)
+        self._extras = programs.begin(self._extras, slot, counts_v, bias_v)
+        dtype = jnp.promote_types(self.spec.compute_dtype, jnp.float32)
+        with jax.set_mesh(self._mesh):
+            logits_1v = jnp.zeros((1, self.spec.vocab_size), dtype)
         for full in (False, True):
             self._first(logits_1v, full, *self._feed([], 1, full))
-            for b in self.settings.row_buckets():
-                self._decode(full, *self._feed([], b, full))
 
 
 def compiled() -> int:
