@@ -120,7 +120,7 @@ def check(answer):
     )
     assert answer.status_code == 400 or honest, (answer.status_code, error)
     assert error["type"] == "invalid_request_error" and error["code"]
-    for word in ("Traceback", "0x", "/tmp", "/work", "site-packages", ".py"):
+    for word in ("Traceback", "object at 0x", "/tmp", "/work", "site-packages", ".py"):
         assert word not in error["message"]
 
 

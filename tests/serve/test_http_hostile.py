@@ -477,13 +477,14 @@ def test_answers_that_imitate_calls(server):
 
 
 def test_many_at_once(server):
-    """A mixture of all that is bad, on many connections, beside those of others."""
+    """A mixture of all that is bad, and scrapes of metrics, beside others' requests."""
     bad = [
         servers.post(CHAT, b"[" * 50_000),
         GET + b"X: " + b"x" * 30_000 + b"\r\n\r\n",
         servers.post(CHAT, chat_of(n=10**9)),
         servers.post(CHAT, BODY)[:-10],
         b"\x00" * 1000,
+        GET.replace(b"/health", b"/metrics") + b"\r\n",
     ]
 
     def attack(i):
