@@ -150,15 +150,19 @@ def check(
 def laid_out(spec: spec_lib.Spec, params: dict[str, Any]) -> dict[str, Any]:
     """The weights with layers apart and, on a CPU, matrices as they decode fastest.
 
-    Costs a copy of the weights; for the functions here, with no mesh set.
+    Costs a copy of the weights, the first time; for the functions here, with no mesh
+    set.
     """
     apart = decoder.unstacked(spec, params)
     if mesh.active() or jax.default_backend() != "cpu":
         return apart
 
     def turned(tree, counts):
-        new = {k: mesh.turned(tree[k], i) for k, i in counts.items() if k in tree}
-        return tree | new
+        return tree | {
+            k: mesh.turned(tree[k], inner)
+            for k, inner in counts.items()
+            if k in tree and not isinstance(tree[k], mesh.Turned)
+        }
 
     def layer(p):
         new = {k: turned(p[k], counts) for k, counts in INNER.items() if k in p}

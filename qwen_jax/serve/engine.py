@@ -499,8 +499,12 @@ class Engine:
         with self._lock:
             for row in self._scheduler.rows(lambda _: True):
                 self._end(row, request_lib.ERROR, error=_told(error))
-            self._device.empty()
-            self._empty()
+            try:
+                self._device.empty()
+                self._empty()
+            except Exception:
+                log.exception("no pages can be had anew: no more requests are taken")
+                self._closing = True
 
     def warm(self) -> int:
         """Compile every program, the first time and before `start`; how many."""

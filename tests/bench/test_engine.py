@@ -29,6 +29,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_rates_and_ratios_are_recorded(tmp_path, capsys):
     file = tmp_path / "record.json"
     assert engine.main([*TINY, "--json", str(file)]) == 0

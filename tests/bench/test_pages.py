@@ -12,6 +12,7 @@ from qwen_jax.serve import pages as pages_lib
 SMALL = ["--requests=250", "--units=512", "--seeds=2"]
 
 
+@pytest.mark.slow
 def test_a_small_run_is_the_same_twice(tmp_path, capsys):
     records = []
     for number in range(2):

@@ -35,8 +35,7 @@ SPEC = spec_lib.Spec(
 )
 HYBRID = dataclasses.replace(
     SPEC,
-    num_layers=4,
-    mixers=("delta", "delta", "delta", "attention"),
+    mixers=("delta", "attention"),
     delta=spec_lib.Delta(2, 4, 8, 8),
     output_gate=True,
     norm_offset=True,
@@ -348,6 +347,9 @@ def test_texts_stop_where_they_should(vocabulary):
     assert ids_of(told) == ids_of(whole)[: first + 1]
     texts = "".join(piece.text for piece in told)
     assert texts == vocabulary.decode(ids_of(told)[:-1])
+    # Weights that are laid out for decoding already are taken as they are.
+    laid = decode.laid_out(SPEC, weights())
+    made = engine.Engine(SPEC, laid, vocabulary, settings=SETTINGS, stop_ids=())
     assert made.generate(["word3 größer 日本語"], max_tokens=60) == [text]
 
 
@@ -414,6 +416,16 @@ def test_faults_end_what_they_concern(monkeypatch, caplog):
     told = made.run(asked(some, 5))
     assert [ids_of(told[f"r{i}"]) for i in range(3)] == [by_hand(x, 5) for x in some]
     assert made.load().pages_used == 0
+
+
+def test_a_device_that_is_gone_ends_all_and_takes_no_more(monkeypatch):
+    made = engine.Engine(SPEC, weights(), settings=SETTINGS, stop_ids=())
+    monkeypatch.setattr(made._device, "prefill", lambda now: 1 / 0)
+    monkeypatch.setattr(made._device, "empty", lambda: 1 / 0)
+    told = made.run(asked(prompts()[:2], 5))
+    assert {told[f"r{i}"][-1].finish for i in range(2)} == {"error"}
+    with pytest.raises(engine.Closed):
+        made.submit(Request("late", (1,), 1), print)
 
 
 def test_the_thread_serves_many_callers_and_closes():
@@ -525,6 +537,7 @@ def test_settings_that_do_not_fit_are_refused():
         Request("x", (1,), 0)
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
     rules = mesh.Rules(batch=None)
     device_mesh = mesh.make(mesh.MeshConfig(1, 1, 2, 1), jax.devices()[:2])

@@ -357,6 +357,7 @@ sys.exit(audit.lost)
 """
 
 
+@pytest.mark.slow
 def test_several_processes_write_whole_lines(tmp_path):
     path = tmp_path / "audit.jsonl"
     writers = [

@@ -267,6 +267,7 @@ def call(capsys):
     return call
 
 
+@pytest.mark.slow
 def test_sample_train_eval(call, tmp_path):
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     """The bars: F1 of the streaming head, nothing sent behind the debounce window."""

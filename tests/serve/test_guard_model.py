@@ -222,6 +222,7 @@ def test_a_model_that_breaks_in_a_stream(vocabulary):
     assert watch.push("5678").action == "block"
 
 
+@pytest.mark.slow
 def test_a_real_model_end_to_end(vocabulary):
     """Of random weights: it writes nonsense, and nonsense is no verdict. An engine
     writes the same nonsense, also while it is asked from two threads."""

@@ -295,6 +295,7 @@ def whole(tmp_path_factory):
     return files, marks[-1][1]
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_told(tmp_path, whole):
     files, state = whole
     place = Folder(tmp_path / "bad")
