@@ -9,8 +9,8 @@ leaves as one of `errors`' shapes; the details of a fault are in the log alone, 
 the request's id. /v1/responses is not half there: it is an honest 404.
 
 Formats: OpenAI's JSON and server-sent events; x-request-id, openai-processing-ms,
-x-ratelimit-*. Invariants: every route but /health and /ready wants the key where there
-are keys; neither keys, query strings nor prompts are logged.
+x-ratelimit-*. Invariants: every route but /health, /ready and the page wants the key
+where there are keys; neither keys, query strings nor prompts are logged.
 """
 
 import asyncio
@@ -37,6 +37,7 @@ from qwen_jax.serve import (
     guarding,
     json_body,
     metrics,
+    page,
     prompts,
     protocol,
 )
@@ -108,6 +109,7 @@ class App:
             "/v1/models": self._list,
             "/v1/models/{name:path}": self._model,
         }
+        gets |= dict.fromkeys(page.FILES, page.answer)
         routes = [_route(path, one, "POST") for path, one in posts.items()]
         routes += [_route(path, one, "GET") for path, one in gets.items()]
         routes.append(_route("/v1/responses", _responses, "POST"))
@@ -190,7 +192,7 @@ class App:
             said = "Content-Length and Transfer-Encoding exclude each other."
             raise no_http(said)
         path = scope["path"]
-        if path not in OPEN:
+        if path not in OPEN and path not in page.FILES:
             sent = bodies.header(scope, b"authorization")
             scope["state"]["holder"] = self._keys.holder(sent)
         if self.draining and path not in WATCHED:

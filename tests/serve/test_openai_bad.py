@@ -93,7 +93,7 @@ def test_models_that_are_not_there(client):
     ("line", "want", "allowed"),
     [
         ("GET /v1/none", (404, "unknown_url"), None),
-        ("GET /", (404, "unknown_url"), None),
+        ("GET /v1", (404, "unknown_url"), None),
         ("POST /v1/chat/completions/", (404, "unknown_url"), None),
         ("GET /v1/chat/completions", (405, "method_not_allowed"), "POST"),
         ("DELETE /v1/models", (405, "method_not_allowed"), "GET, HEAD"),
