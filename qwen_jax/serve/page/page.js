@@ -12,10 +12,10 @@ const ENDS = {
   content_filter: "ended by the server's guard",
 };
 const at = (id) => document.getElementById(id);
-const turns = []; // {asked, content, thinking, failed, view}
+const turns = []; // {asked, thinking, content, view}
 let running = null; // {abort, stopped} of the answer that is coming
 
-/** An error whose message is for the person at the page. */
+/** An error in words for the person at the page. */
 class Told extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -30,46 +30,39 @@ export class Events {
 
   *push(text) {
     this.#rest += text;
-    const line = /([^\r\n]*)(?:\r\n|\n|\r(?!$))/y; // a \r at the end may go on with \n
+    const line = /([^\r\n]*)(?:\r\n|\n|\r(?!$))/y; // after a \r at the end, \n may come
     let end = 0;
     for (let found; (found = line.exec(this.#rest)); end = line.lastIndex) {
-      const [name, value] = split(found[1]);
-      if (found[1] === "") {
-        if (this.#data.length) yield this.#data.join("\n");
-        this.#data = [];
-      } else if (name === "data") {
-        this.#data.push(value);
-      }
+      const [, name, value] = /^([^:]*):? ?([^]*)$/.exec(found[1]);
+      if (name === "data") this.#data.push(value);
+      if (found[1] || !this.#data.length) continue;
+      yield this.#data.join("\n");
+      this.#data = [];
     }
     this.#rest = this.#rest.slice(end);
   }
 }
 
-function split(line) {
-  const colon = line.indexOf(":");
-  if (colon < 0) return [line, ""];
-  return [line.slice(0, colon), line.slice(colon + 1).replace(/^ /, "")];
-}
-
 /** A text as paragraphs and fenced blocks of code, the last of which may be open. */
 export function segments(text) {
   const found = [];
-  let part = { code: false, lines: [] };
+  let part = { code: false, fence: "", lines: [] };
   const close = () => {
     const joined = part.lines.join("\n");
-    const said = part.code ? joined : joined.replace(/^\n+|\s+$/g, "");
+    const said = part.code ? joined : joined.replace(/^\n+/, "").trimEnd();
     if (part.code || said) found.push({ code: part.code, text: said });
   };
   for (const line of text.split("\n")) {
-    const fence = /^\s*(`{3,}|~{3,})(.*)$/.exec(line);
-    const ends = fence && part.code && fence[1].startsWith(part.fence) && !fence[2].trim();
-    const opens = fence && !part.code && !fence[2].includes("`");
-    if (!ends && !opens) {
+    const [, fence, info] = /^\s*(`{3,}|~{3,})(.*)$/.exec(line) ?? [];
+    const turnsOver = part.code
+      ? fence?.startsWith(part.fence) && !info.trim()
+      : fence && !info.includes("`");
+    if (turnsOver) {
+      close();
+      part = { code: !part.code, fence, lines: [] };
+    } else {
       part.lines.push(line);
-      continue;
     }
-    close();
-    part = { code: !part.code, fence: fence[1], lines: [] };
   }
   close();
   return found;
@@ -80,25 +73,24 @@ function show(box, text) {
   const parts = segments(text);
   parts.forEach((part, i) => {
     const tag = part.code ? "pre" : "p";
-    let node = box.children[i];
-    if (node?.localName !== tag) {
+    if (box.children[i]?.localName !== tag) {
+      box.children[i]?.remove();
       const made = element(tag);
       made.append(document.createTextNode(""));
       if (part.code) made.tabIndex = 0; // so that keys can scroll it
-      node ? node.replaceWith(made) : box.append(made);
-      node = made;
+      box.insertBefore(made, box.children[i] ?? null);
     }
-    const before = node.firstChild;
-    if (part.text.startsWith(before.data)) before.appendData(part.text.slice(before.length));
-    else before.data = part.text;
+    const said = box.children[i].firstChild;
+    if (part.text.startsWith(said.data)) said.appendData(part.text.slice(said.length));
+    else said.data = part.text;
   });
   while (box.children.length > parts.length) box.lastElementChild.remove();
 }
 
 function element(tag, name = "", text = "") {
   const made = document.createElement(tag);
-  if (name) made.className = name;
-  if (text) made.textContent = text;
+  made.className = name;
+  made.textContent = text;
   return made;
 }
 
@@ -107,7 +99,7 @@ function viewOf(asked) {
   const view = {
     box: element("article"),
     thought: element("details", "thinking"),
-    summary: element("summary", "", "Thinking"),
+    summary: element("summary"),
     thinking: element("div", "text"),
     content: element("div", "text content"),
     error: element("p", "error"),
@@ -115,42 +107,35 @@ function viewOf(asked) {
   };
   view.thought.append(view.summary, view.thinking);
   view.error.setAttribute("role", "alert");
-  const question = element("div", "asked", asked);
-  view.box.append(question, view.thought, view.content, view.error, view.figures);
+  view.box.append(element("div", "asked", asked), view.thought);
+  view.box.append(view.content, view.error, view.figures);
   at("log").append(view.box);
   return view;
 }
 
-function draw(turn) {
+function draw({ view, thinking, content }) {
   const log = at("log");
   const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 48;
-  const view = turn.view;
-  view.thought.hidden = !turn.thinking;
-  const thinks = turn.thinking && !turn.content && view.box.ariaBusy === "true";
+  const thinks = view.box.ariaBusy === "true" && !content;
+  view.thought.hidden = !thinking;
   view.summary.textContent = thinks ? "Thinking…" : "Thought";
-  show(view.thinking, turn.thinking);
-  show(view.content, turn.content);
+  show(view.thinking, thinking);
+  show(view.content, content);
   if (follows) log.scrollTop = log.scrollHeight;
 }
 
-/** A request of the API. Raises Told in words, or what an abort raises. */
+/** A request of the API. Raises Told, or what an abort raises. */
 async function call(path, options = {}) {
   const headers = { ...options.headers };
   const key = at("key").value.trim();
-  if (/[^\x21-\x7e]/.test(key)) throw new Told("The API key has letters that no key has.", 401);
+  if (/[^\x21-\x7e]/.test(key)) throw new Told("The API key has letters no key has.", 401);
   if (key) headers.authorization = `Bearer ${key}`;
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers, cache: "no-store" });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Told("The server cannot be reached.");
-  }
+  const response = await fetch(path, { ...options, headers }).catch((error) => {
+    throw error.name === "AbortError" ? error : new Told("The server cannot be reached.");
+  });
   if (response.ok) return response;
   const said = await response.json().catch(() => null);
-  let words = said?.error?.message || `The server answered with status ${response.status}.`;
-  const wait = response.headers.get("retry-after");
-  if (wait) words += ` Try again in ${wait} s.`;
+  const words = said?.error?.message ?? `The server answered with status ${response.status}.`;
   throw new Told(words, response.status);
 }
 
@@ -159,35 +144,31 @@ async function* chunks(response) {
   const reader = response.body.getReader();
   const decoder = new TextDecoder();
   const events = new Events();
-  const broken = () => new Told("The connection broke before the answer was over.");
-  try {
-    for (;;) {
-      const { done, value } = await reader.read().catch((error) => {
-        throw error.name === "AbortError" ? error : broken();
-      });
-      if (done) throw broken();
-      for (const data of events.push(decoder.decode(value, { stream: true }))) {
-        if (data === "[DONE]") return;
-        const chunk = JSON.parse(data);
-        if (chunk.error) throw new Told(chunk.error.message);
-        yield chunk;
-      }
+  const broken = new Told("The connection broke before the answer was over.");
+  for (;;) {
+    const { done, value } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : broken;
+    });
+    if (done) throw broken;
+    for (const data of events.push(decoder.decode(value, { stream: true }))) {
+      if (data === "[DONE]") return;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new Told(chunk.error.message);
+      yield chunk;
     }
-  } finally {
-    reader.cancel().catch(() => null);
   }
 }
 
-/** The body of the request for a turn: a failed turn before it is not told. */
+/** The body of the request for a turn; turns that got no answer are left out. */
 function bodyOf(turn) {
   const messages = [];
   if (at("system").value.trim()) messages.push({ role: "system", content: at("system").value });
-  for (const one of turns) {
-    if (one.failed && one !== turn) continue;
+  for (const one of turns.slice(0, turns.indexOf(turn))) {
+    if (!one.content && !one.thinking) continue;
     messages.push({ role: "user", content: one.asked });
-    if (one === turn) break;
     messages.push({ role: "assistant", content: one.content });
   }
+  messages.push({ role: "user", content: turn.asked });
   const body = { model: at("model").value, messages, stream: true };
   body.stream_options = { include_usage: true };
   for (const name of SAMPLING) {
@@ -201,14 +182,11 @@ function bodyOf(turn) {
 /** Have a turn answered, and show the answer as it comes. */
 async function answer(turn) {
   const mine = (running = { abort: new AbortController(), stopped: false });
-  const times = { sent: performance.now(), first: 0, last: 0 };
+  const told = { sent: performance.now(), first: 0, last: 0, usage: null, end: "" };
   const view = turn.view;
-  let usage = null;
-  let end = "";
   let frame = 0;
-  Object.assign(turn, { content: "", thinking: "", failed: false });
+  turn.content = turn.thinking = view.error.textContent = view.figures.textContent = "";
   view.box.ariaBusy = "true";
-  view.error.textContent = view.figures.textContent = "";
   buttons();
   draw(turn);
   at("log").scrollTop = at("log").scrollHeight;
@@ -220,78 +198,69 @@ async function answer(turn) {
       signal: mine.abort.signal,
     });
     for await (const chunk of chunks(response)) {
-      usage = chunk.usage ?? usage;
-      const choice = chunk.choices[0];
-      const thinking = choice?.delta.reasoning_content ?? "";
-      const content = choice?.delta.content ?? "";
-      end = choice?.finish_reason ?? end;
-      if (!thinking && !content) continue;
-      times.last = performance.now();
-      times.first ||= times.last;
-      turn.thinking += thinking;
-      turn.content += content;
-      frame ||= requestAnimationFrame(() => {
-        frame = 0;
-        draw(turn);
-      });
+      told.usage = chunk.usage ?? told.usage;
+      const { delta = {}, finish_reason = null } = chunk.choices[0] ?? {};
+      told.end = ENDS[finish_reason] ?? told.end;
+      if (!delta.reasoning_content && !delta.content && !finish_reason) continue;
+      told.last = performance.now();
+      told.first ||= told.last;
+      turn.thinking += delta.reasoning_content ?? "";
+      turn.content += delta.content ?? "";
+      frame ||= requestAnimationFrame(() => draw(turn, (frame = 0)));
     }
   } catch (error) {
-    if (!mine.stopped) fail(turn, error);
+    const words = error instanceof Told ? error.message : `The answer is odd: ${error.message}.`;
+    if (mine.stopped) told.end = "stopped";
+    else view.error.textContent = words;
+    if (error.status === 401) askForKey();
+    mine.abort.abort(); // of an answer that is not read to its end
   }
   cancelAnimationFrame(frame);
   view.box.ariaBusy = "false";
-  view.figures.textContent = figures(times, usage, mine.stopped ? "stopped" : ENDS[end]);
-  if (running === mine) running = null;
+  view.figures.textContent = figures(told);
+  running = null;
   draw(turn);
   buttons();
 }
 
-function fail(turn, error) {
-  turn.failed = true;
-  turn.view.error.textContent =
-    error instanceof Told ? error.message : `The answer cannot be read (${error.message}).`;
-  if (error.status === 401) askForKey();
-}
-
-/** What an answer took. Tokens/s are those after the first, without the wait for it. */
-function figures(times, usage, end) {
-  const count = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
+/** What an answer took. Tokens/s are those since the first text, without the wait for
+ * it; a few high where tokens came before it that are not shown. */
+function figures({ sent, first, last, usage, end }) {
+  const count = (n) => `${n.toLocaleString("en")} token${n === 1 ? "" : "s"}`;
   const said = [];
   if (usage) {
     const thought = usage.completion_tokens_details?.reasoning_tokens;
-    const more = thought ? ` (${thought.toLocaleString("en")} of thinking)` : "";
-    said.push(count(usage.completion_tokens, "token") + more);
-    const rate = (1000 * (usage.completion_tokens - 1)) / (times.last - times.first);
-    if (Number.isFinite(rate) && rate > 0) said.push(`${rate.toFixed(1)} tokens/s`);
+    said.push(count(usage.completion_tokens) + (thought ? ` (${thought} of thinking)` : ""));
+    const rate = (1000 * (usage.completion_tokens - 1)) / (last - first);
+    if (rate > 0 && rate < Infinity) said.push(`${rate.toFixed(1)} tokens/s`);
   }
-  if (times.first) said.push(`first token after ${Math.round(times.first - times.sent)} ms`);
+  if (first) said.push(`first token after ${Math.round(first - sent)} ms`);
   if (usage) {
     const cached = usage.prompt_tokens_details?.cached_tokens;
-    const more = cached ? `, ${cached.toLocaleString("en")} of them cached` : "";
-    said.push(`prompt of ${count(usage.prompt_tokens, "token")}${more}`);
+    said.push(`prompt of ${count(usage.prompt_tokens)}` + (cached ? `, ${cached} cached` : ""));
   }
-  if (end) said.push(end);
-  return said.join(" · ");
+  return [...said, ...(end ? [end] : [])].join(" · ");
 }
 
-/** Fill the list of models; while there are none yet, ask again. */
+/** Fill the list of models; while there are none, ask again. */
 async function listModels() {
   clearTimeout(listModels.again);
   const select = at("model");
+  let cards = [];
+  let words = "The model is being loaded…";
+  let locked = false;
   try {
-    const cards = (await (await call("v1/models")).json()).data;
-    const chosen = select.value;
-    select.replaceChildren(...cards.map((card) => new Option(card.id, card.id)));
-    if (cards.some((card) => card.id === chosen)) select.value = chosen;
-    at("status").textContent = cards.length ? "" : "The model is being loaded…";
-    if (!cards.length) listModels.again = setTimeout(listModels, 2000);
+    cards = (await (await call("v1/models")).json()).data;
   } catch (error) {
-    select.replaceChildren();
-    at("status").textContent = error.message;
-    if (error.status === 401) askForKey();
-    else listModels.again = setTimeout(listModels, 5000);
+    words = error.message;
+    locked = error.status === 401;
   }
-  select.disabled = !select.options.length;
+  const chosen = select.value;
+  select.replaceChildren(...cards.map(({ id }) => new Option(id, id, false, id === chosen)));
+  select.disabled = !cards.length;
+  at("status").textContent = cards.length ? "" : words;
+  if (locked) askForKey();
+  else if (!cards.length) listModels.again = setTimeout(listModels, 2000);
   buttons();
 }
 
@@ -301,18 +270,18 @@ function askForKey() {
 }
 
 function buttons() {
+  const ready = !running && !at("model").disabled;
   at("send").hidden = Boolean(running);
   at("stop").hidden = !running;
-  at("send").disabled = at("model").disabled;
+  at("send").disabled = !ready;
   at("clear").disabled = !turns.length;
-  at("again").disabled = !turns.length || Boolean(running) || at("model").disabled;
+  at("again").disabled = !turns.length || !ready;
   at("empty").hidden = turns.length > 0;
 }
 
 function stop() {
-  if (!running) return;
-  running.stopped = true;
-  running.abort.abort();
+  if (running) running.stopped = true;
+  running?.abort.abort();
 }
 
 /** Whether a request may be made now; a wrong setting is shown where it is. */
@@ -330,37 +299,36 @@ function send() {
   answer(turns.at(-1));
 }
 
-at("ask").addEventListener("submit", (event) => {
-  event.preventDefault();
-  send();
-});
-at("sampling").addEventListener("submit", (event) => event.preventDefault());
-at("said").addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  send();
-});
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") stop();
-});
-at("stop").addEventListener("click", () => {
-  stop();
-  at("said").focus();
-});
-at("again").addEventListener("click", () => {
-  if (turns.length && may()) answer(turns.at(-1));
-});
-at("clear").addEventListener("click", () => {
+function clear() {
   stop();
   for (const turn of turns.splice(0)) turn.view.box.remove();
   buttons();
-  at("said").focus();
-});
-at("key").addEventListener("change", () => {
-  sessionStorage.setItem(KEY, at("key").value.trim());
-  listModels();
-});
+}
 
-at("key").value = sessionStorage.getItem(KEY) ?? "";
+function keyed(event) {
+  if (event.key === "Escape") stop();
+  // On a phone the key is for lines: Shift+Enter is not there.
+  const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
+  if (event.target !== at("said") || !sends || matchMedia("(pointer: coarse)").matches) return;
+  event.preventDefault();
+  send();
+}
+
+let store = null; // null in a browser that keeps nothing
+try {
+  store = window.sessionStorage;
+} catch {
+  at("key-note").textContent = "Forgotten when this page is left.";
+}
+const on = (id, event, act) => at(id).addEventListener(event, act);
+const clicked = (id, act) => on(id, "click", () => (at("said").focus(), act()));
+on("ask", "submit", (event) => (event.preventDefault(), send()));
+on("sampling", "submit", (event) => event.preventDefault());
+on("key", "change", () => (store?.setItem(KEY, at("key").value.trim()), listModels()));
+clicked("stop", stop);
+clicked("clear", clear);
+clicked("again", () => turns.length && may() && answer(turns.at(-1)));
+document.addEventListener("keydown", keyed);
+at("key").value = store?.getItem(KEY) ?? "";
 at("settings").open = matchMedia("(min-width: 56rem)").matches;
 listModels();
