@@ -36,6 +36,15 @@ SCRIPT = scripts.SCRIPT | {
     "my name is Ada": "Hello Ada.",
 }
 DONE = "article:last-of-type[aria-busy=false]"
+WATCH = """() => {
+  window.seen = [];
+  const hidden = (id) => document.getElementById(id).hidden;
+  new MutationObserver(() => {
+    const text = document.querySelector(".content").textContent;
+    seen.push([text, !hidden("stop"), !hidden("send")]);
+  }).observe(document.getElementById("log"), {
+    childList: true, characterData: true, subtree: true });
+}"""
 LAST = "article:last-of-type"
 
 
@@ -114,24 +123,29 @@ def until(holds, most_s=5.0):
 def test_an_answer_is_shown_as_it_comes_with_its_figures(opened, server):
     server.engine.delay_s = DELAY_S
     page = opened()
-    say(page, "count", wait=False)
-    until(lambda: len(content(page)) > 9)
-    early = content(page)
-    assert page.is_visible("#stop") and not page.is_visible("#send")
-    assert SCRIPT["count"].startswith(early) and len(early) < len(SCRIPT["count"])
-    page.wait_for_selector(DONE)
+    page.evaluate(WATCH)
+    say(page, "count")
+    seen = page.evaluate("seen")
+    texts = [text for text, *_ in seen if text]
+    assert len(set(texts)) > 9 and all(SCRIPT["count"].startswith(x) for x in texts)
+    assert {tuple(rest) for text, *rest in seen if text and text != texts[-1]} == {
+        (True, False)
+    }
     assert content(page) == SCRIPT["count"]
     assert page.is_visible("#send") and not page.is_visible("#stop")
     figures = page.locator(".figures").text_content()
     found = re.fullmatch(
-        r"(\d+) tokens · ([\d.]+) tokens/s · first token after (\d+) ms"
+        r"(\d+) tokens in ([\d.]+) s, ([\d.]+) tokens/s · first token after (\d+) ms"
         r" · prompt of (\d+) tokens",
         figures,
     )
     words = server.engine.model.tokenizer
-    assert int(found[1]) == len(words.encode(SCRIPT["count"])) + 1
-    assert int(found[4]) == len(server.engine.seen[-1].prompt)
-    assert 1 < float(found[2]) < 2.5 / DELAY_S and float(found[3]) > 0
+    count, took_s = len(words.encode(SCRIPT["count"])) + 1, float(found[2])
+    assert int(found[1]) == count
+    assert (count - 1) * DELAY_S < took_s < 30  # it waits so long between two
+    assert abs(float(found[3]) - count / took_s) < 0.3
+    assert 0 < float(found[4]) / 1000 < took_s
+    assert int(found[5]) == len(server.engine.seen[-1].prompt)
 
 
 def test_a_conversation_goes_on_and_can_be_cleared(opened, server):
@@ -164,7 +178,7 @@ def test_thinking_is_folded_and_not_told_again(opened, server):
 
 @pytest.mark.parametrize("how", ["Escape", "#stop"])
 def test_stop_ends_the_request_and_keeps_what_came(opened, server, how):
-    server.engine.delay_s = DELAY_S
+    server.engine.delay_s = 5 * DELAY_S
     page = opened()
     say(page, "count", wait=False)
     until(lambda: len(content(page)) > 9)
@@ -367,7 +381,9 @@ def test_settings_reach_the_engine(opened, server):
 def test_events_are_read_wherever_they_are_cut(opened):
     """Every cut of every line ending, and cuts of a character's bytes."""
     page = opened()
-    text = ': ping\n\ndata: {"a": "é🙂"}\n\nevent: x\ndata:1\ndata:  2\r\n\r\ndata\r\r'
+    text = (
+        ': ping\n\ndata: {"a": "é🙂"}\n\nevent: x\ndata:1\r\ndata:  2\r\n\r\ndata\r\r'
+    )
     text += "id: 1\n\ndata: [DONE]\n\ndata: cut off"
     wanted = ['{"a": "é🙂"}', "1\n 2", "", "[DONE]"]
     found = page.evaluate(
@@ -434,3 +450,25 @@ def test_the_keyboard_reaches_everything(opened):
     wanted += ["again", "send"]
     at = seen.index("model")
     assert seen[at : at + len(wanted)] == wanted
+
+
+def test_chunks_are_read_a_byte_at_a_time(opened):
+    found = opened().evaluate(
+        """async (text) => {
+          const { chunks } = await import("/page.js");
+          const bytes = new TextEncoder().encode(text);
+          let i = 0;
+          const body = new ReadableStream({
+            pull(to) {
+              if (i < bytes.length) to.enqueue(bytes.slice(i, ++i));
+              else to.close();
+            },
+          });
+          const found = [];
+          for await (const chunk of chunks(new Response(body))) found.push(chunk);
+          return found;
+        }""",
+        'data: {"a": "é🙂世"}\r\n\r\n: ping\n\ndata: {"b":\ndata: 1}\n\n'
+        "data: [DONE]\n\n",
+    )
+    assert found == [{"a": "é🙂世"}, {"b": 1}]

@@ -140,7 +140,7 @@ async function call(path, options = {}) {
 }
 
 /** The chunks of a streamed answer, up to its end. */
-async function* chunks(response) {
+export async function* chunks(response) {
   const reader = response.body.getReader();
   const decoder = new TextDecoder();
   const events = new Events();
@@ -223,16 +223,18 @@ async function answer(turn) {
   buttons();
 }
 
-/** What an answer took. Tokens/s are those since the first text, without the wait for
- * it; a few high where tokens came before it that are not shown. */
+/** What an answer took. The rate is over all of the time since the question was sent:
+ * how many tokens a piece of the stream holds, which a rate without the wait for the
+ * first would need, is not told. */
 function figures({ sent, first, last, usage, end }) {
   const count = (n) => `${n.toLocaleString("en")} token${n === 1 ? "" : "s"}`;
   const said = [];
   if (usage) {
     const thought = usage.completion_tokens_details?.reasoning_tokens;
+    const took_s = (last - sent) / 1000;
+    const rate = (usage.completion_tokens / took_s).toFixed(1);
     said.push(count(usage.completion_tokens) + (thought ? ` (${thought} of thinking)` : ""));
-    const rate = (1000 * (usage.completion_tokens - 1)) / (last - first);
-    if (rate > 0 && rate < Infinity) said.push(`${rate.toFixed(1)} tokens/s`);
+    if (last) said[0] += ` in ${took_s.toFixed(2)} s, ${rate} tokens/s`;
   }
   if (first) said.push(`first token after ${Math.round(first - sent)} ms`);
   if (usage) {
