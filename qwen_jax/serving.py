@@ -4,7 +4,8 @@
 The port is taken first and answers at once; the model is loaded beside it, and until it
 is there requests get 503 model_loading. The model's name is that of its folder unless
 --name says otherwise. Only this machine can connect unless --host says otherwise, and
-then there must be a key, or --insecure.
+then there must be a key, or --insecure. Without either it answers to the names of this
+machine alone, so that no page of another site can ask it by a name of its own.
 
 Formats: see `serve.http`; a key file has one key a line.
 Units: --shutdown_timeout_s in seconds, rates a minute.
@@ -32,6 +33,7 @@ from qwen_jax import config, main, talk
 from qwen_jax.serve import device, engine, gate, guard, http, listening
 from qwen_jax.serve import served as served_lib
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
 
@@ -60,6 +62,7 @@ def run(
         requests_a_minute=args.requests_per_minute,
         tokens_a_minute=args.tokens_per_minute,
         metrics_prefix=args.metrics_prefix,
+        hosts=() if keys or args.insecure else (*LOOPBACK, args.host.lower()),
     )
     app = http.App(models, keys=keys, guard=guard_of(args), settings=settings)
     sock = listening.listen(args.host, args.port)
@@ -79,7 +82,9 @@ def run(
     loader = _Loader(args, name, models, make_engine, server)
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"listening at http://{shown}:{port}/v1, loading {name}", flush=True)
+    there = f"http://{shown}:{port}"
+    print(f"listening at {there}/v1, loading {name}", flush=True)
+    print(f"to chat in a browser: {there}/", flush=True)
     loader.thread.start()
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
         signal.signal(signal.SIGHUP, server.handle_exit)

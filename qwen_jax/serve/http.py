@@ -53,7 +53,8 @@ WATCHED = (*OPEN, "/metrics", "/version")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Limits of a server; rates of 0 are no limit."""
+    """Limits of a server; rates of 0 are no limit. hosts: names it is asked by, without
+    ports; empty for any."""
 
     body_bytes: int = 10 * 2**20
     body_s: float = 30.0
@@ -65,6 +66,7 @@ class Settings:
     requests_a_minute: int = 0
     tokens_a_minute: int = 0
     metrics_prefix: str = metrics.PREFIXES[0]
+    hosts: tuple[str, ...] = ()
 
 
 class App:
@@ -191,6 +193,12 @@ class App:
         if b"transfer-encoding" in names and b"content-length" in names:
             said = "Content-Length and Transfer-Encoding exclude each other."
             raise no_http(said)
+        asked = (bodies.header(scope, b"host") or b"").decode("latin-1")
+        in_brackets = asked.startswith("[")
+        name = asked[1:].partition("]")[0] if in_brackets else asked.partition(":")[0]
+        if self.settings.hosts and name.lower() not in self.settings.hosts:
+            # A page of another site whose name was made to lead here.
+            raise no_http("This server is not asked by that name.")
         path = scope["path"]
         if path not in OPEN and path not in page.FILES:
             sent = bodies.header(scope, b"authorization")

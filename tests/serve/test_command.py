@@ -116,6 +116,23 @@ def test_a_server_and_its_end(folder, tmp_path):
         assert not any(os.path.exists(f"/proc/{child}") for child in children)
 
 
+def test_without_a_key_only_the_names_of_this_machine_are_answered(folder):
+    """A page of another site could have its own name lead here (DNS rebinding)."""
+    with started("slow", f"--model={folder}") as one:
+        url = one.line(r"listening at (\S+)/v1,")[1]
+        port = url.rpartition(":")[2]
+        for host, status in (
+            (f"127.0.0.1:{port}", 200),
+            (f"LOCALHOST:{port}", 200),
+            ("[::1]", 200),
+            (f"evil.example:{port}", 400),
+            ("127.0.0.1.evil.example", 400),
+        ):
+            found = httpx.get(f"{url}/health", headers={"Host": host})
+            assert found.status_code == status, host
+        assert found.json()["error"]["code"] == "invalid_http"
+
+
 @pytest.mark.parametrize("second", [False, True])
 def test_an_end_that_does_not_wait(folder, second):
     """At the timeout, or at a second signal, streams end with an error frame."""
