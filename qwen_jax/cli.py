@@ -418,6 +418,7 @@ BENCHES = {
     "engine": "the serving engine beside a decoding loop by hand",
     "load": "weights from safetensors beside a plain read of the files",
     "pages": "ways to cut memory into pages, on long-tailed traces (no time)",
+    "serve": "load on an OpenAI-compatible server: first tokens, rates, limits",
 }
 
 
