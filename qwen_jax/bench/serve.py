@@ -264,6 +264,7 @@ async def _measure(
         prefix_tokens=args.prefix_tokens,
         rate=args.request_rate,
         vocab=ids,
+        chat=args.endpoint == "chat",
         seed=args.seed,
     )
     fields: dict[str, Any] = {"temperature": args.temperature}
@@ -273,7 +274,6 @@ async def _measure(
         url,
         name,
         key=key,
-        chat=args.endpoint == "chat",
         fields=fields,
         timeout_s=args.timeout_s,
     )

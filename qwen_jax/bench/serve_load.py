@@ -49,7 +49,8 @@ WORDS += " one two time year people way day man thing world life hand part place
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What is asked: see the flags of the command. rate: requests a second, inf for
-    all at once. vocab: ids are drawn below it; 0 for texts of words."""
+    all at once. vocab: ids are drawn below it; 0 for texts of words. chat: a text is a
+    user's message."""
 
     num_prompts: int
     input_tokens: int
@@ -58,18 +59,21 @@ class Work:
     prefix_tokens: int = 0
     rate: float = math.inf
     vocab: int = 0
+    chat: bool = False
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """A request to come: when it is due, ids or a text, and lengths in tokens."""
+    """A request to come: when it is due, ids or a text, lengths in tokens, and whether
+    it is a chat."""
 
     number: int
     due_s: float
     prompt: list[int] | str
     input_tokens: int
     output_tokens: int
+    chat: bool = False
 
 
 @dataclasses.dataclass
@@ -155,13 +159,14 @@ def asks(work: Work) -> list[Ask]:
             prompt=_joined(prefix, _content(contents, work, int(inputs[i]))),
             input_tokens=work.prefix_tokens + int(inputs[i]),
             output_tokens=int(outputs[i]),
+            chat=work.chat,
         )
         for i in range(count)
     ]
 
 
 def _content(draw: np.random.Generator, work: Work, count: int) -> list[Any]:
-    if work.vocab:
+    if work.vocab and not work.chat:
         return draw.integers(0, work.vocab, count).tolist()
     return draw.choice(WORDS.split(), count).tolist()
 
@@ -217,7 +222,6 @@ class Client:
       url: up to and with /v1.
       model: the name that it is asked for.
       key: sent as a bearer token, if any.
-      chat: ask /v1/chat/completions.
       fields: more of each request's body.
       timeout_s: of a whole request.
     """
@@ -228,12 +232,10 @@ class Client:
         model: str,
         *,
         key: str = "",
-        chat: bool = False,
         fields: dict[str, Any] | None = None,
         timeout_s: float = 600.0,
     ):
-        self._model, self._chat, self._fields = model, chat, fields or {}
-        self._url = url + ("/chat/completions" if chat else "/completions")
+        self._model, self._url, self._fields = model, url, fields or {}
         self._timeout_s = timeout_s
         self._http = _http(url, key, timeout_s)
 
@@ -244,7 +246,7 @@ class Client:
     def body(self, ask: Ask) -> dict[str, Any]:
         """What is sent."""
         prompt: dict[str, Any] = {"prompt": ask.prompt}
-        if self._chat:
+        if ask.chat:
             prompt = {"messages": [{"role": "user", "content": ask.prompt}]}
         return {
             "model": self._model,
@@ -266,10 +268,11 @@ class Client:
         sent = Sent(ask.number, ask.due_s, asked_tokens=ask.output_tokens)
         sent.input_tokens = ask.input_tokens
         content = json.dumps(self.body(ask)).encode()
+        url = self._url + ("/chat/completions" if ask.chat else "/completions")
         sent.sent_s = now()
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._stream(content, sent, now, first)
+                await self._stream(url, content, sent, now, first)
             sent.status = OK
         except _Failed as error:
             sent.status, sent.said = error.status, error.said
@@ -282,10 +285,10 @@ class Client:
         sent.ended_s = now()
         return sent
 
-    async def _stream(self, content: bytes, sent: Sent, now, first) -> None:
+    async def _stream(self, url: str, content: bytes, sent: Sent, now, first) -> None:
         head = {"content-type": "application/json"}
         async with self._http.stream(
-            "POST", self._url, content=content, headers=head
+            "POST", url, content=content, headers=head
         ) as answer:
             if answer.status_code != 200:
                 raise _Failed(str(answer.status_code), _message(await answer.aread()))

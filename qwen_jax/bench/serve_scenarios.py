@@ -7,9 +7,10 @@ at a multiple of it. Wanted: p95 of the time to the first token of those answere
 most TTFT_TIMES the uncontended p95; p95 of the time to refuse below REFUSAL_MS; nothing
 but answers and refusals (429, 503).
 
-Drain: a closed loop; once as many streams as it holds have begun, SIGTERM. Wanted: each
-stream that had begun ends whole, later requests are refused (or find nobody), exit code
-0 within the server's timeout and a second, none of the server's children left.
+Drain: a chat, for which our server starts a child, then a closed loop; once as many
+streams as it holds have begun, SIGTERM. Wanted: each stream that had begun ends whole,
+later requests are refused (or find nobody), exit code 0 within the server's timeout and
+a second, none of the server's children left.
 
 Units: seconds of one process's clock; milliseconds in names that end in _ms.
 Invariants: the three parts of overload have different prompts.
@@ -131,6 +132,8 @@ async def drain(
       say: told of each part.
     """
     watch = _Watch(own, most)
+    chat = dataclasses.replace(work, chat=True, num_prompts=1, seed=work.seed + 1)
+    await serve_load.run(client, serve_load.asks(chat))
     say(f"drain: {work.num_prompts} requests, {most} at once; SIGTERM under way")
     run = await serve_load.run(
         client, serve_load.asks(work), most=most, first=watch.first, begun=watch.begun
