@@ -122,6 +122,12 @@ def check(args: argparse.Namespace) -> None:
         raise config.InputError(
             "--scenario drain ends a server of its own: give --own instead of --url"
         )
+    most = args.max_concurrency or ROWS
+    if args.scenario == "drain" and args.num_prompts <= most:
+        raise config.InputError(
+            f"--num_prompts is {args.num_prompts}: --scenario drain wants more than "
+            f"the {most} that are sent at once"
+        )
     if args.serve_flags and not args.own:
         raise config.InputError("--serve_flags are of the server of --own")
     for name in ("max_concurrency", "prefix_tokens", "num_warmups", "id_count", "seed"):
@@ -201,6 +207,8 @@ def base(url: str) -> str:
         raise config.InputError(
             f"--url {url!r}: wanted http://HOST:PORT or https://HOST"
         )
+    if "@" in parts.netloc:  # it would stand in the record
+        raise config.InputError("--url has a password in it; use --api_key_env NAME")
     path = parts.path.rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
 
@@ -278,7 +286,7 @@ async def _measure(
         timeout_s=args.timeout_s,
     )
     most = args.max_concurrency
-    made: dict[str, Any] = {"url": url, "model": name}
+    made: dict[str, Any] = {"url": url, "model": serve_load.printable(name)}
     try:
         await serve_load.warm(client, work, args.num_warmups)
         if args.scenario == "overload":

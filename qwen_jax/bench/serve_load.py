@@ -39,6 +39,7 @@ except ModuleNotFoundError:
 
 OK = "ok"
 MAX_SAID = 200
+IDLE_S = 2.0
 WARM_SEED = 1_000_003
 LAG_EVERY_S = 0.01
 # Short English words that most vocabularies have as one token, with the blank.
@@ -82,7 +83,8 @@ class Sent:
 
     gaps_s: between its events with something in them, the first one not counted.
     events: how many there were. input_tokens, output_tokens: by the server's usage,
-    or as asked and as many as events where it tells none.
+    or as asked and as many as events where it tells none. headed: the head of an answer
+    has come.
     """
 
     number: int
@@ -95,6 +97,7 @@ class Sent:
     input_tokens: int = 0
     output_tokens: int = 0
     asked_tokens: int = 0
+    headed: bool = False
     status: str = "not sent"
     said: str = ""
 
@@ -197,19 +200,31 @@ class Events:
         return found
 
 
+def printable(text: str) -> str:
+    """What a server said, on one line of a terminal and no longer than MAX_SAID."""
+    text = " ".join(text[: 2 * MAX_SAID].split())[:MAX_SAID]
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 class _Failed(Exception):
     """A request that was not answered to its end."""
 
     def __init__(self, status: str, said: str = ""):
         super().__init__(status)
-        self.status, self.said = status, " ".join(said.split())[:MAX_SAID]
+        self.status, self.said = printable(status), printable(said)
 
 
 def _http(url: str, key: str, timeout_s: float) -> httpx.AsyncClient:
-    """No bound on connections; to this machine itself without a proxy."""
+    """No bound on connections; to this machine itself without a proxy. Those that idle
+    are closed before a server does (uvicorn: 5 s), which would fail what is sent then.
+    """
     return httpx.AsyncClient(
         headers={"authorization": f"Bearer {key}"} if key else {},
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        limits=httpx.Limits(
+            max_connections=None,
+            max_keepalive_connections=None,
+            keepalive_expiry=IDLE_S,
+        ),
         timeout=httpx.Timeout(timeout_s),
         trust_env=httpx.URL(url).host not in ("127.0.0.1", "localhost", "::1"),
     )
@@ -279,9 +294,10 @@ class Client:
         except (TimeoutError, httpx.TimeoutException):
             sent.status = "timeout"
         except (httpx.ConnectError, httpx.UnsupportedProtocol) as error:
-            sent.status, sent.said = "connect", str(error)[:MAX_SAID]
+            sent.status, sent.said = "connect", printable(str(error))
         except (httpx.HTTPError, httpx.StreamError) as error:
-            sent.status, sent.said = "cut", str(error)[:MAX_SAID]
+            sent.status = "cut" if sent.headed else "no answer"
+            sent.said = printable(str(error))
         sent.ended_s = now()
         return sent
 
@@ -290,6 +306,7 @@ class Client:
         async with self._http.stream(
             "POST", url, content=content, headers=head
         ) as answer:
+            sent.headed = True
             if answer.status_code != 200:
                 raise _Failed(str(answer.status_code), _message(await answer.aread()))
             kind = answer.headers.get("content-type", "")

@@ -8,9 +8,10 @@ most TTFT_TIMES the uncontended p95; p95 of the time to refuse below REFUSAL_MS;
 but answers and refusals (429, 503).
 
 Drain: a chat, for which our server starts a child, then a closed loop; once as many
-streams as it holds have begun, SIGTERM. Wanted: each stream that had begun ends whole,
-later requests are refused (or find nobody), exit code 0 within the server's timeout and
-a second, none of the server's children left.
+streams as it holds have begun, SIGTERM. Wanted: each stream that had begun ends whole;
+later requests are refused, or find nobody (no connection, or one closed before a word
+of an answer, as happens to what is on its way when a socket closes); exit code 0 within
+the server's timeout and a second; none of the server's children left.
 
 Units: seconds of one process's clock; milliseconds in names that end in _ms.
 Invariants: the three parts of overload have different prompts.
@@ -179,7 +180,8 @@ def drain_figures(run: serve_load.Run, signal_s: float) -> dict[str, Any]:
     waiting = [s for s in flying if s not in streams]
     after = [s for s in run.sent if s.sent_s > signal_s]
     whole = [s for s in streams if s.ok and s.output_tokens == s.asked_tokens]
-    refused = [s for s in after if s.status in (*serve_report.REFUSED, "connect")]
+    nobody = (*serve_report.REFUSED, "connect", "no answer")
+    refused = [s for s in after if s.status in nobody]
     return {
         "streams": len(streams),
         "streams_whole": len(whole),
