@@ -190,6 +190,13 @@ def _add_serve(verbs: Any) -> None:
         metavar="N",
         help="requests that may wait; more get 429 (default: 256)",
     )
+    add(
+        "--max_wait_s",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="429 for those expected to wait longer for others (default: no limit)",
+    )
     add("--requests_per_minute", type=int, default=0, metavar="N", help="of each key")
     add("--tokens_per_minute", type=int, default=0, metavar="N", help="of each key")
     add(

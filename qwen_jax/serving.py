@@ -50,7 +50,7 @@ def run(
     for flag in ("max_queue", "shutdown_timeout_s"):
         if getattr(args, flag) <= 0:
             raise config.InputError(f"--{flag} {getattr(args, flag)}: wanted above 0")
-    for flag in ("requests_per_minute", "tokens_per_minute"):
+    for flag in ("requests_per_minute", "tokens_per_minute", "max_wait_s"):
         if getattr(args, flag) < 0:
             raise config.InputError(f"--{flag} {getattr(args, flag)}: 0 is no limit")
     if not 0 <= args.port < 2**16:
@@ -68,7 +68,7 @@ def run(
     sock = listening.listen(args.host, args.port)
     server = listening.server(app, shutdown_s=args.shutdown_timeout_s)
     if make_engine is None:
-        held = device.Settings(max_waiting=args.max_queue)
+        held = device.Settings(max_waiting=args.max_queue, max_wait_s=args.max_wait_s)
 
         def make_engine(model: talk.Model) -> engine.Engine:
             return engine.Engine(

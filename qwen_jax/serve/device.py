@@ -37,8 +37,8 @@ class Settings:
     for what `memory_bytes` holds, at most what all rows can fill. max_tokens: longest
     prompt and answer together; 0 for the model's positions, at most 32,768. piece: most
     tokens of a prompt in a step, a multiple of the page. max_waiting: most requests in
-    the queue. max_wait_s: refuse a request that is expected to wait longer for its
-    first id; 0 for no limit. sharing: keep pages for prompts that begin alike.
+    the queue. max_wait_s: refuse a request that is expected to wait longer for others
+    before it begins; 0 for no limit. sharing: keep pages for prompts that begin alike.
     embeddings: compile what vectors of documents need, too (for models without a head
     always).
     """

@@ -170,14 +170,15 @@ class Engine:
             raise config.InputError("stop texts need an engine with a tokenizer")
 
     def _expected_s(self, request: request_lib.Request) -> float:
-        """Seconds until the first id of a new request, as of late: the prompts before
-        it and its own, and rows that have to end before it has a slot."""
+        """Seconds that a new request waits for others, as of late: their prompts, and
+        rows that have to end before it has a slot. 0 where nothing is before it."""
         plan = self._scheduler
-        before = [request, *(one for one, _ in self._new)]
+        before = [one for one, _ in self._new]
         tokens = sum(len(one.prompt) for one in before)
         tokens += sum(row.wanted - row.length for row in plan.waiting)
         tokens += sum(row.wanted - row.length for row in plan.running)
-        rows = sum(one.n for one in before) + len(plan.waiting) + len(plan.running)
+        rows = sum(one.n for one in (request, *before))
+        rows += len(plan.waiting) + len(plan.running)
         ends = max(0, rows - self.settings.rows)
         return tokens * self._token_s + ends * self._end_s
 
