@@ -349,10 +349,13 @@ class Engine:
         self._pieced, began = 0, time.perf_counter()
         with self._lock:
             self._take_in()
-            plan = self._scheduler.plan()
             masked = any(row.answer.matcher for row in self._scheduler.running)
+        if masked:  # what may come next depends on what came
+            self._land(0)
+        with self._lock:
+            plan = self._scheduler.plan()
         self.plan_s += time.perf_counter() - began
-        if plan is None or (masked and self._flying):
+        if plan is None:
             self._land(0)
             with self._lock:
                 plan = self._scheduler.plan()

@@ -81,6 +81,7 @@ def test_a_server_that_does_not_begin_is_told(tmp_path):
         serve_own.Own(str(tmp_path / "none"), tmp_path, [])
 
 
+@pytest.mark.slow
 def test_a_server_of_random_weights(tmp_path, capsys, monkeypatch):
     """The whole command, with the real engine in a process of its own."""
     cache = jax.config.jax_compilation_cache_dir  # that of the tests

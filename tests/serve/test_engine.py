@@ -141,6 +141,16 @@ def test_hybrid_models_go_on_where_a_state_was_kept():
     # Another end behind 28 ids: pages are there and no state. One is kept on the way.
     assert ask("d", (*prompt[:28], *ends[1])) == 0
     assert ask("e", (*prompt[:28], *ends[2])) == 24
+    # Beside a row with a grammar, whose ids must be known before the next step.
+    told, pieces = [], []
+    made.submit(Request("f", ends[0], 60, grammar=Evens(60)), told.append)
+    for _ in range(4):
+        made.step()
+    made.submit(Request("g", (*prompt, *ends[2]), 8), pieces.append)
+    while made.in_flight:
+        made.step()
+    assert ids_of(pieces) == by_hand((*prompt, *ends[2]), 8, HYBRID)
+    assert pieces[-1].usage.cached == 40 and len(ids_of(told)) == 60
     assert made.load().compiled == compiled
 
 
@@ -202,13 +212,19 @@ def test_draws_are_by_seed_and_number_whatever_else_runs():
         assert mine == by_hand(some[1], 12, wish=seeded)
 
 
+@functools.cache
+def forward():
+    return jax.jit(functools.partial(models.forward, SPEC))
+
+
 def reference(prompt, count, change):
     """Greedy ids of the full forward pass, its scores changed by hand each time."""
     ids, told = list(prompt), []
     for _ in range(count):
-        scores = np.asarray(
-            models.forward(SPEC, weights(), np.array([ids], np.int32))[0, -1]
-        ).astype(np.float64)
+        tokens, real = np.zeros((2, 1, 64), np.int32)
+        tokens[0, : len(ids)], real[0, : len(ids)] = ids, 1
+        logits = forward()(weights(), tokens, segments=real)
+        scores = np.asarray(logits[0, len(ids) - 1]).astype(np.float64)
         top = scores - scores.max()
         told.append(top - np.log(np.sum(np.exp(top))))
         ids.append(int(np.argmax(change(scores.copy(), ids[len(prompt) :], prompt))))
@@ -277,15 +293,18 @@ def test_logprobs_of_a_prompt():
 
 
 class Evens:
-    """A grammar: even ids only, four of them."""
+    """A grammar: even ids only, four of them or as many as are asked for."""
+
+    def __init__(self, most=4):
+        self.most = most
 
     def start(self):
-        return EvenMatcher()
+        return EvenMatcher(self.most)
 
 
 class EvenMatcher:
-    def __init__(self):
-        self.count = 0
+    def __init__(self, most=4):
+        self.count, self.most = 0, most
 
     def allowed(self):
         return np.full(10, 0x55555555, np.uint32)
@@ -295,7 +314,7 @@ class EvenMatcher:
         self.count += 1
 
     def done(self):
-        return self.count == 4
+        return self.count == self.most
 
 
 def test_a_grammar_masks_its_own_row():

@@ -312,6 +312,7 @@ def test_context_matters_not_for_what_was_said_before(checker):
     assert checker.response([], "").level == "safe"
 
 
+@pytest.mark.slow
 def test_training_again_gives_the_same_weights():
     rows = list(guard_data.synthetic(20, seed=3))
     settings = guard_train.Settings(steps=3, batch_rows=4)
@@ -323,6 +324,7 @@ def test_training_again_gives_the_same_weights():
     assert one.trained_on["rows"] == 20 and one.trained_on["steps"] == 3
 
 
+@pytest.mark.slow
 def test_heads_on_the_states_of_another_model(tmp_path):
     """States in which a direction means unsafe and others the category."""
     rng = np.random.default_rng(0)

@@ -401,7 +401,13 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if i % 6 else [])
+        for i, name in enumerate(HOSTILE)
+    ],
+)
 def test_a_hostile_text_of_a_megabyte_takes_seconds_at_most(name):
     """By the processor's clock; anything quadratic would take hours."""
     before_s = time.process_time()
