@@ -173,7 +173,7 @@ def _layer(p, x, cos_btk, sin_btk, segments_bt, *, spec, rules, kind, chunked=No
                 chunked=chunked,
             )
         x = streams.leave(x, y_btd, inject)
-    x, stats = _feed_forward(p, x, segments_bt, spec, rules, kind)
+    x, stats = feed_forward(p, x, segments_bt, spec, rules, kind)
     return _deepened(p, x, kind), stats
 
 
@@ -203,7 +203,8 @@ def block(
     return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
 
 
-def _feed_forward(p, x, segments_bt, spec, rules, kind):
+def feed_forward(p, x, segments_bt, spec, rules, kind):
+    """x + feed_forward(norm(x)), and what the router of a sparse layer counted."""
     with jax.named_scope("moe" if kind.sparse else "mlp"):
         y_btd, inject = streams.enter(p[streams.names(spec)[1]], x, spec, rules)
         stats = None
@@ -232,7 +233,7 @@ def hidden(
     rules = rules or mesh.Rules()
     b, t = tokens_bt.shape
     see = {"images": images, "videos": videos, "rules": rules}
-    x, deep_lbtd = _embed(
+    x, deep_lbtd = embed_tokens(
         spec, params, tokens_bt, segments, saved=saved_names(remat), **see
     )
     if positions is None and (images is not None or videos is not None):
@@ -275,7 +276,7 @@ def hidden(
     return streams.end(params, x, spec, rules), stats
 
 
-def _embed(spec, params, tokens_bt, segments, *, images, videos, rules, saved):
+def embed_tokens(spec, params, tokens_bt, segments, *, images, videos, rules, saved):
     """(the residual before the first layer, images and videos in their places; what
     DeepStack adds behind the first layers, or None)."""
     vl.check(spec, tokens_bt, segments, images=images, videos=videos)
@@ -406,7 +407,7 @@ def hidden_cached(
     if segments is None:
         segments = mesh.reshard(jnp.ones((b, t), jnp.int32), rows)
     see = {"images": images, "videos": videos, "rules": rules}
-    x, deep_lbtd = _embed(spec, params, tokens_bt, segments, saved=None, **see)
+    x, deep_lbtd = embed_tokens(spec, params, tokens_bt, segments, saved=None, **see)
     if positions is None and (images is not None or videos is not None):
         before_b = cache_lib.next_positions(cache)
         positions = vl.placed_positions(
@@ -516,7 +517,7 @@ def cached_layer(
             turned=turned,
         )
     x = streams.leave(x, y_btd, inject)
-    x, _ = _feed_forward(p, x, segments, spec, rules, kind)
+    x, _ = feed_forward(p, x, segments, spec, rules, kind)
     return _deepened(p, x, kind), new
 
 

@@ -157,7 +157,7 @@ def hidden(
     rules = rules or mesh.Rules()
     t = tokens_bt.shape[1]
     see = {"images": None, "videos": None, "rules": rules, "saved": None}
-    x, _ = decoder._embed(spec, params, tokens_bt, real_bt, **see)
+    x, _ = decoder.embed_tokens(spec, params, tokens_bt, real_bt, **see)
     at_bt = places.length_b[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
     angles = rope.angles(spec, at_bt)
     way = way or ("loop" if mesh.platform() == "cpu" else "gather")
@@ -191,7 +191,7 @@ def hidden(
                 {k: put(s, places.slot_b, state[k]) for k, s in state_r.items()}
             )
         x = streams.leave(x, y_btd, inject)
-        x, _ = decoder._feed_forward(p, x, real_bt, spec, rules, kind)
+        x, _ = decoder.feed_forward(p, x, real_bt, spec, rules, kind)
     tail_rj = pages.tail_rj
     if after:
         tail_bj = delta_lib.tail_segments(tail_bj, real_bt)
@@ -367,15 +367,6 @@ def looped(q_btnk, held, real_bt, places, window):
     out_bhgtk = mesh.vary(jnp.zeros((b, h, g, t, k), q_btnk.dtype), near)
     out_bhgtk = jax.lax.fori_loop(0, b, row, out_bhgtk)
     return out_bhgtk.transpose(0, 3, 1, 2, 4).reshape(b, t, n, k)
-
-
-def copied(pages: Pages, src_m: jax.Array, dst_m: jax.Array) -> Pages:
-    """Pages `src_m` copied onto pages `dst_m`; (0, 0) does nothing that shows."""
-
-    def copy(x):
-        return x.at[dst_m].set(x[src_m])
-
-    return pages.replace(attention=jax.tree.map(copy, pages.attention))
 
 
 def state_units(spec: spec_lib.Spec, page_tokens: int) -> int:

@@ -87,9 +87,7 @@ class Engine:
         self._device = device_lib.Device(spec, params, self.settings, rules)
         self.max_tokens = self._device.max_tokens
         self._lock = threading.Condition()
-        self._new: collections.deque[tuple[request_lib.Request, Tell]] = (
-            collections.deque()
-        )
+        self._new: collections.deque[request_lib.Request] = collections.deque()
         self._cancelled: set[str] = set()
         self._tells: dict[str, tuple[Tell, int]] = {}  # request: (tell, answers left)
         self._thread: threading.Thread | None = None
@@ -145,7 +143,7 @@ class Engine:
             if request.id in self._tells:
                 raise config.InputError(f"request {request.id!r} is in flight already")
             self._tells[request.id] = (tell, request.n)
-            self._new.append((request, tell))
+            self._new.append(request)
             self._lock.notify()
 
     def check(self, request: request_lib.Request) -> None:
@@ -173,11 +171,10 @@ class Engine:
         """Seconds that a new request waits for others, as of late: their prompts, and
         rows that have to end before it has a slot. 0 where nothing is before it."""
         plan = self._scheduler
-        before = [one for one, _ in self._new]
-        tokens = sum(len(one.prompt) for one in before)
+        tokens = sum(len(one.prompt) for one in self._new)
         tokens += sum(row.wanted - row.length for row in plan.waiting)
         tokens += sum(row.wanted - row.length for row in plan.running)
-        rows = sum(one.n for one in (request, *before))
+        rows = sum(one.n for one in (request, *self._new))
         rows += len(plan.waiting) + len(plan.running)
         ends = max(0, rows - self.settings.rows)
         return tokens * self._token_s + ends * self._end_s
@@ -282,14 +279,13 @@ class Engine:
 
         for request in requests:
             self.check(request)
-        room = threading.Semaphore(self.settings.max_waiting)
         for request in requests:
             while True:
                 try:
                     self.submit(request, tell)
                     break
                 except Overloaded:
-                    self.step() if self._thread is None else room.acquire(timeout=0.01)
+                    self.step() if self._thread is None else time.sleep(0.01)
         while requests and not over.is_set():
             if self._thread is None:
                 self.step()
@@ -387,7 +383,7 @@ class Engine:
     def _take_in(self) -> None:
         """New requests into the queue, cancelled ones out of everything."""
         while self._new:
-            request, _ = self._new.popleft()
+            request = self._new.popleft()
             for index in range(request.n):
                 row = scheduler.Row(request, index, self._device.table_pages)
                 stop_ids = request.stop_ids

@@ -21,14 +21,8 @@ import numpy as np
 from qwen_jax import config
 from qwen_jax.models import sampling as sampling_lib
 
-# Why an answer ended. The last three are not the model's doing.
-STOP, LENGTH, CANCELLED, ERROR, CONTENT = (
-    "stop",
-    "length",
-    "cancelled",
-    "error",
-    "content_filter",
-)
+# Why an answer ended. The last two are not the model's doing.
+STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error"
 MAX_LOGPROBS = 20
 
 
@@ -62,8 +56,7 @@ class Request:
     model's own. logprobs: None, or how many of the likeliest ids to tell beside each
     chosen one. prompt_logprobs: likewise for the ids of the prompt but the first.
     logit_bias: added to an id's score. grammar: what the answer must match. salt:
-    prompts share cached pages only with those of the same salt. deadline_s: of the
-    engine's clock, by which a first id is wanted; None for whenever.
+    prompts share cached pages only with those of the same salt.
     """
 
     id: str
@@ -78,7 +71,6 @@ class Request:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     grammar: Grammar | None = None
     salt: str = ""
-    deadline_s: float | None = None
 
     def __post_init__(self):
         if not self.prompt:

@@ -140,7 +140,8 @@ def test_pages_are_shared_and_copied():
     tokens, real = np.zeros((2, 1, 12), np.int32)
     tokens[0, :10], real[0, :10] = row, 1
     _, pages = step(tree, tokens, real, pages, paged.Places(table, one, one))
-    pages = paged.copied(pages, np.array([3, 0]), np.array([7, 0]))
+    copied = jax.tree.map(lambda x: x.at[7].set(x[3]), pages.attention)
+    pages = pages.replace(attention=copied)
     table = np.array([[1, 2, 3, 4], [1, 2, 7, 8]], np.int32)
     ends = np.array([[3, 9, 4, 1], [8, 2, 2, 6]], np.int32)
     for i in range(4):
