@@ -148,15 +148,19 @@ class Chunk:
 
 
 def read_chunk(
-    folder: pathlib.Path, current: Current, serial: int, last: bool
+    folder: pathlib.Path, current: Current, found: list[int], serial: int
 ) -> Chunk | None:
-    """A chunk of the log; None for a last one whose head was never finished."""
+    """A chunk of those found; None for a last one whose head was never finished."""
+    last = serial == found[-1]
     path = folder / chunk_name(current.generation, serial)
     data = path.read_bytes()
     if len(data) < HEAD_BYTES or (last and not any(data)):
-        if last:
-            return None
-        raise damaged(path, len(data), "it ends in its head, and others follow")
+        if not last:
+            raise damaged(path, len(data), "it ends in its head, and others follow")
+        wanted = head(current.generation, serial, found[:-1])
+        if not wanted.startswith(data.rstrip(b"\0")):
+            raise damaged(path, 0, "the head is another chunk's")
+        return None
     if len(data) > current.chunk_bytes or (
         not last and len(data) != current.chunk_bytes
     ):

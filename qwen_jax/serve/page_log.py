@@ -436,7 +436,7 @@ def _replay(path: pathlib.Path, log: Log) -> tuple[pages_lib.State, int]:
     found = form.serials(path, current.generation)
     chunks = []
     for serial in found:
-        chunk = form.read_chunk(path, current, serial, serial == found[-1])
+        chunk = form.read_chunk(path, current, found, serial)
         if chunk is not None:
             chunks.append(chunk)
     reader = _Reader(path, log)

@@ -310,6 +310,21 @@ def test_every_flipped_bit_is_told(tmp_path, whole):
         (place.path / name).write_bytes(data)
 
 
+def test_a_cut_head_is_the_beginning_of_one(tmp_path, whole):
+    """A last chunk shorter than a head is what a kill left, or damage."""
+    files, _ = whole
+    name = max(n for n in files if n.endswith(".log"))
+    place = Folder(tmp_path / "cut")
+    for size in range(page_entries.HEAD_BYTES):
+        page_log.read(place.fill(files | {name: files[name][:size]}))
+    for start in range(1, len(files[name])):
+        piece = files[name][start : start + page_entries.HEAD_BYTES - 1]
+        place.fill(files | {name: piece})
+        if piece.rstrip(b"\0"):
+            with pytest.raises(config.InputError, match="another chunk"):
+                page_log.read(place.path)
+
+
 @given(st.data())
 @settings(max_examples=300)
 def test_damage_is_told_or_changes_nothing(tmp_path_factory, whole, data):
