@@ -168,6 +168,39 @@ class Device:
         self._wishes: tuple[Any, Any] = (None, None)
         self._biased: set[int] = set()  # slots
 
+    def fitted(self, params: Any) -> Any:
+        """Other weights for the same programs, laid out as those in use are.
+
+        Raises:
+          config.InputError: a weight has another shape or dtype, or is missing.
+        """
+        with jax.set_mesh(self._mesh):
+            made = decode.laid_out(self.spec, params)
+        kept, new = (dict(jax.tree.leaves_with_path(x)) for x in (self._params, made))
+        for path in (*kept, *(path for path in new if path not in kept)):
+            was, now = (
+                f"{x[path].dtype}{list(x[path].shape)}" if path in x else "nothing"
+                for x in (kept, new)
+            )
+            if was != now:
+                raise config.InputError(
+                    f"weights{jax.tree_util.keystr(path)}: {now} in place of {was}; "
+                    "other weights of the same model are wanted"
+                )
+        # Not where it lies there already: that would bind it to its device, and the
+        # programs would be compiled anew.
+        return jax.tree.map(
+            lambda x, old: (
+                x if x.sharding == old.sharding else jax.device_put(x, old.sharding)
+            ),
+            made,
+            self._params,
+        )
+
+    def use(self, fitted: Any) -> None:
+        """Compute with these from the next program on."""
+        self._params = fitted
+
     def prefill(self, now: scheduler.Prefill) -> tuple[Any, programs.Told | None]:
         """A piece of a prompt: (scores after it, what its next ids were given)."""
         row, ids = now.row, now.row.ids[now.start : now.start + now.count]

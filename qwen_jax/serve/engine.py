@@ -90,6 +90,8 @@ class Engine:
         self._new: collections.deque[request_lib.Request] = collections.deque()
         self._cancelled: set[str] = set()
         self._tells: dict[str, tuple[Tell, int]] = {}  # request: (tell, answers left)
+        # Weights to come, and who waits for them.
+        self._swap: tuple[Any, threading.Event] | None = None
         self._thread: threading.Thread | None = None
         self._closing = self._warm = False
         self._calls = itertools.count()  # of `generate`, which may be called at once
@@ -212,6 +214,34 @@ class Engine:
                 self._cancelled.add(request_id)
                 self._lock.notify()
 
+    def swap(self, params: Any) -> None:
+        """Answer with other weights of the same model from now on, and wait until it
+        is so.
+
+        What was submitted before is answered with the old weights to its end, what
+        comes later waits for that; nothing is compiled, nothing is dropped. Both sets
+        are in memory meanwhile. Called by the thread that makes the steps where there
+        is no engine's thread (rollouts between updates), else by any.
+
+        Raises:
+          config.InputError: the weights do not fit, or others are on their way.
+          Closed: after `close`.
+        """
+        fitted, over = self._device.fitted(params), threading.Event()
+        with self._lock:
+            if self._closing:
+                raise Closed("the engine is closing")
+            if self._swap is not None:
+                raise config.InputError("other weights are on their way already")
+            self._take_in()
+            self._swap = fitted, over
+            self._lock.notify()
+        while not over.is_set():
+            if self._thread is None:
+                self.step()
+            else:
+                over.wait(0.05)
+
     def load(self) -> request_lib.Load:
         """How busy the engine is."""
         with self._lock:
@@ -320,7 +350,7 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._lock:
-                while not (self._new or self._cancelled or self._tells):
+                while not (self._new or self._cancelled or self._tells or self._swap):
                     if self._closing:
                         return
                     self._lock.wait()
@@ -345,6 +375,7 @@ class Engine:
         self._pieced, began = 0, time.perf_counter()
         with self._lock:
             self._take_in()
+            self._swapped()
             masked = any(row.answer.matcher for row in self._scheduler.running)
         if masked:  # what may come next depends on what came
             self._land(0)
@@ -382,7 +413,8 @@ class Engine:
 
     def _take_in(self) -> None:
         """New requests into the queue, cancelled ones out of everything."""
-        while self._new:
+        # While weights are to come, what is new waits for them.
+        while self._new and self._swap is None:
             request = self._new.popleft()
             for index in range(request.n):
                 row = scheduler.Row(request, index, self._device.table_pages)
@@ -397,7 +429,23 @@ class Engine:
         for name in self._cancelled:
             for row in self._scheduler.rows(lambda row, n=name: row.request.id == n):
                 self._end(row, request_lib.CANCELLED)
+        for request in [one for one in self._new if one.id in self._cancelled]:
+            self._new.remove(request)
+            for index in range(request.n):
+                row = scheduler.Row(request, index, self._device.table_pages)
+                self._end(row, request_lib.CANCELLED)
         self._cancelled.clear()
+
+    def _swapped(self) -> None:
+        """Weights that are to come are used once nobody needs the old ones."""
+        if self._swap is None or self._scheduler.rows(lambda _: True):
+            return
+        self._land(0)
+        (fitted, over), self._swap = self._swap, None
+        self._device.use(fitted)
+        self._scheduler.forget()
+        over.set()
+        self._take_in()
 
     # ---- the device's side
 

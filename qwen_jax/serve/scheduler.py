@@ -298,6 +298,11 @@ class Scheduler:
         elif row in self.waiting:
             self.waiting.remove(row)
 
+    def forget(self) -> None:
+        """Nothing is kept of prompts any more; for when no rows are there."""
+        while pages := self.prefix.evict():
+            self._back(pages)
+
     def rows(self, fits: Callable[[Row], bool]) -> list[Row]:
         """Rows, running or waiting, that fit."""
         return [row for row in (*self.running, *self.waiting) if fits(row)]
