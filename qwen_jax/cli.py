@@ -216,6 +216,18 @@ def _add_serve(verbs: Any) -> None:
         help="log of its decisions, hashes by the environment's QWEN_JAX_AUDIT_KEY",
     )
     add("--metrics_prefix", choices=("qwen_jax:", "vllm:"), default="qwen_jax:")
+    add(
+        "--admin_port",
+        type=int,
+        metavar="N",
+        help="of this machine, where POST /admin/load exchanges models and weights",
+    )
+    add(
+        "--admin_key_file",
+        default="",
+        metavar="FILE",
+        help="keys for that; the environment's QWEN_JAX_ADMIN_KEY is one as well",
+    )
 
 
 def _add_sampling(add: Any) -> None:

@@ -14,11 +14,12 @@ Raises: config.InputError for a model, an address, a name or keys that cannot be
 
 import argparse
 import contextlib
+import dataclasses
+import hashlib
 import ipaddress
 import logging
 import os
 import pathlib
-import re
 import signal
 import socket
 import sys
@@ -30,11 +31,12 @@ from typing import Any
 import jax
 
 from qwen_jax import config, main, talk
-from qwen_jax.serve import device, engine, gate, guard, http, listening
+from qwen_jax.serve import admin, device, engine, gate, guard, http, listening
 from qwen_jax.serve import served as served_lib
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+GRACE_S = 30.0  # of an engine whose name another one got
+SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def run(
@@ -53,8 +55,19 @@ def run(
     for flag in ("requests_per_minute", "tokens_per_minute", "max_wait_s"):
         if getattr(args, flag) < 0:
             raise config.InputError(f"--{flag} {getattr(args, flag)}: 0 is no limit")
-    if not 0 <= args.port < 2**16:
-        raise config.InputError(f"--port {args.port}: wanted 0 to 65535")
+    for flag in ("port", "admin_port"):
+        if not 0 <= (getattr(args, flag) or 0) < 2**16:
+            raise config.InputError(
+                f"--{flag} {getattr(args, flag)}: wanted 0 to 65535"
+            )
+    admin_keys = gate.keys_of(
+        args.admin_key_file, "admin_key_file", gate.ADMIN_VARIABLE
+    )
+    if args.admin_port is not None and not admin_keys:
+        raise config.InputError(
+            "--admin_port wants keys: give --admin_key_file FILE, or set "
+            f"{gate.ADMIN_VARIABLE}"
+        )
     models = served_lib.Models()
     models.expect(name)
     settings = http.Settings(
@@ -79,58 +92,130 @@ def run(
                 stop_ids=model.stop_ids,
             )
 
-    loader = _Loader(args, name, models, make_engine, server)
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    loader = Loader(models, make_engine, args.dtype or default)
+    first, sockets = _First(loader, name, args.model, server), [sock]
+    if args.admin_port is not None:
+        sockets.append(listening.listen("127.0.0.1", args.admin_port))
+        app.admin = admin.Admin(sockets[1].getsockname()[1], admin_keys, loader.load)
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     there = f"http://{shown}:{port}"
     print(f"listening at {there}/v1, loading {name}", flush=True)
     print(f"to chat in a browser: {there}/", flush=True)
-    loader.thread.start()
+    if app.admin is not None:
+        admin_port = sockets[1].getsockname()[1]
+        print(f"to load others: 127.0.0.1:{admin_port}/admin/load", flush=True)
+    first.thread.start()
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
         signal.signal(signal.SIGHUP, server.handle_exit)
-    with _log_to_stderr(), contextlib.closing(sock):
-        server.run([sock])
-        return loader.end()
+    with _log_to_stderr(), contextlib.ExitStack() as stack:
+        for one in sockets:
+            stack.enter_context(contextlib.closing(one))
+        server.run(sockets)
+        return first.end()
 
 
-class _Loader:
-    """A handle on the thread that loads the model while the server answers."""
+class Loader:
+    """A handle on what puts models under their names while the server answers."""
 
     def __init__(
         self,
-        args: argparse.Namespace,
-        name: str,
         models: served_lib.Models,
         make_engine: Callable[[talk.Model], Any],
-        server: listening.Server,
+        dtype: str,
     ):
-        self._args, self._name, self._models = args, name, models
-        self._make_engine, self._server = make_engine, server
-        self._engine: Any = None
+        self._models, self._make_engine, self._dtype = models, make_engine, dtype
+        self._lock = threading.Lock()
+
+    def load(self, name: str, path: str) -> dict[str, Any]:
+        """The model of a folder under a name, new or in another's place, once it is in
+        force; see `serve.admin`.
+
+        Raises:
+          config.InputError: the folder cannot be.
+        """
+        with self._lock:
+            return self._loaded(name, path)
+
+    def _loaded(self, name: str, path: str) -> dict[str, Any]:
+        begun_s, version = time.monotonic(), version_of(path)
+        model = talk.load_model(path, self._dtype, lay_out=False)
+        bare = dataclasses.replace(model, params=None)  # the engine has its own
+        before = self._models.find(name)
+        if before is not None and _alike(before.model, model):
+            # Written down before an answer can ask for it.
+            before.later[before.engine.weights + 1] = version
+            before.engine.swap(model.params)
+            self._models.put(dataclasses.replace(before, model=bare))
+            how = "weights"
+        else:
+            engine = self._make_engine(model)
+            engine.start()
+            now = int(time.time())
+            self._models.put(served_lib.Served(name, bare, engine, now, version))
+            if before is not None:
+                # Requests that looked the name up before may still come to it.
+                timer = threading.Timer(GRACE_S, before.engine.close)
+                timer.daemon = True
+                timer.start()
+            how = "engine"
+        took_s = time.monotonic() - begun_s
+        return {"model": name, "version": version, "how": how, "seconds": took_s}
+
+    def close(self) -> None:
+        """End all engines."""
+        for served in self._models.all():
+            served.engine.close(0.0)
+
+
+def _alike(a: talk.Model, b: talk.Model) -> bool:
+    """Whether an engine of one can answer with the weights of the other."""
+    words = a.tokenizer.fingerprint == b.tokenizer.fingerprint
+    return words and a.spec == b.spec and a.stop_ids == b.stop_ids
+
+
+def version_of(path: str) -> str:
+    """A name for the weights of a folder or file, by what is in it: all names and
+    sizes, and pages at even distances, not every byte.
+
+    Raises:
+      config.InputError: nothing is there.
+    """
+    place, digest = pathlib.Path(path), hashlib.sha256()
+    if not place.exists():
+        raise config.InputError(f"{path}: there is no such folder")
+    files = sorted(x for x in place.iterdir() if x.is_file()) if place.is_dir() else []
+    for file in files or [place]:
+        size = file.stat().st_size
+        digest.update(f"{file.name if files else ''}\0{size}\0".encode())
+        with file.open("rb") as data:
+            for k in range(SAMPLES):
+                data.seek(k * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+                digest.update(data.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:12]
+
+
+class _First:
+    """A handle on the thread that loads the first model."""
+
+    def __init__(self, loader: Loader, name: str, path: str, server: listening.Server):
+        self._loader, self._server = loader, server
+        self._name, self._path = name, path
         self._error: BaseException | None = None
         self.thread = threading.Thread(target=self._load, name="load", daemon=True)
 
     def _load(self) -> None:
-        begun_s = time.monotonic()
         try:
-            model = talk.load_model(self._args.model, self._dtype(), lay_out=False)
-            self._engine = self._make_engine(model)
-            self._engine.start()
+            told = self._loader.load(self._name, self._path)
         except BaseException as error:
             self._error = error
             self._server.should_exit = True
             raise SystemExit from error  # ends this thread without a word
-        now = int(time.time())
-        self._models.put(served_lib.Served(self._name, model, self._engine, now))
-        took_s = time.monotonic() - begun_s
-        print(f"{self._name} is ready after {took_s:.1f} s", flush=True)
-
-    def _dtype(self) -> str:
-        default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        return self._args.dtype or default
+        print(f"{self._name} is ready after {told['seconds']:.1f} s", flush=True)
 
     def end(self) -> int:
-        """What is left when the server is gone: the engine, or why there is none.
+        """What is left when the server is gone: engines, or why there is none.
 
         Raises:
           what the loading raised.
@@ -141,8 +226,7 @@ class _Loader:
             os._exit(0)
         if self._error is not None:
             raise self._error
-        if self._engine is not None:
-            self._engine.close(0.0)
+        self._loader.close()
         print("ended", flush=True)
         return 0
 
@@ -172,7 +256,7 @@ def name_of(path: str, given: str) -> str:
         raise config.InputError(f"--model {path}: there is no such folder{near}")
     own = place.resolve().name.removesuffix(".gguf")
     name = given or own
-    if not _NAME.fullmatch(name):
+    if not admin.NAME.fullmatch(name):
         flag = f"--name {given!r}" if given else f"the folder's name {own!r}"
         raise config.InputError(
             f"{flag}: wanted 1 to 128 letters, digits and . _ : / - ; set --name"

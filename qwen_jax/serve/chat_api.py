@@ -52,7 +52,7 @@ class Chat:
             "id": flight.request.id,
             "created": int(time.time()),
             "model": flight.served.name,
-            "system_fingerprint": flight.served.fingerprint,
+            "system_fingerprint": flight.fingerprint,
             "service_tier": "default",
         }
 

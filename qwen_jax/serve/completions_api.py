@@ -90,7 +90,10 @@ class Completion:
             "object": "text_completion",
             "created": int(time.time()),
             "model": served.name,
-            "system_fingerprint": served.fingerprint,
+            # Prompts of one request may come before and behind a swap of weights.
+            "system_fingerprint": "+".join(
+                dict.fromkeys(flight.fingerprint for flight in flights)
+            ),
         }
 
     async def whole(self) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class Engine:
         self._new: collections.deque[request_lib.Request] = collections.deque()
         self._cancelled: set[str] = set()
         self._tells: dict[str, tuple[Tell, int]] = {}  # request: (tell, answers left)
+        self.weights = 0  # swaps so far
         # Weights to come, and who waits for them.
         self._swap: tuple[Any, threading.Event] | None = None
         self._thread: threading.Thread | None = None
@@ -124,8 +125,9 @@ class Engine:
 
     # ---- callers' side
 
-    def submit(self, request: request_lib.Request, tell: Tell) -> None:
-        """Queue a request; `tell` gets its pieces from the engine's thread.
+    def submit(self, request: request_lib.Request, tell: Tell) -> int:
+        """Queue a request; `tell` gets its pieces from the engine's thread. Returns the
+        number of the weights that answer it, `swap`s before it.
 
         Raises:
           config.InputError: it can never be answered.
@@ -147,6 +149,7 @@ class Engine:
             self._tells[request.id] = (tell, request.n)
             self._new.append(request)
             self._lock.notify()
+            return self.weights
 
     def check(self, request: request_lib.Request) -> None:
         """Refuse what can never be answered.
@@ -214,9 +217,9 @@ class Engine:
                 self._cancelled.add(request_id)
                 self._lock.notify()
 
-    def swap(self, params: Any) -> None:
+    def swap(self, params: Any) -> int:
         """Answer with other weights of the same model from now on, and wait until it
-        is so.
+        is so. Returns their number.
 
         What was submitted before is answered with the old weights to its end, what
         comes later waits for that; nothing is compiled, nothing is dropped. Both sets
@@ -235,12 +238,14 @@ class Engine:
                 raise config.InputError("other weights are on their way already")
             self._take_in()
             self._swap = fitted, over
+            self.weights = number = self.weights + 1
             self._lock.notify()
         while not over.is_set():
             if self._thread is None:
                 self.step()
             else:
                 over.wait(0.05)
+        return number
 
     def load(self) -> request_lib.Load:
         """How busy the engine is."""

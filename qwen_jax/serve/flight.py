@@ -98,11 +98,12 @@ class Flight:
         self._ended = False
         self.usage: dict[int, request_lib.Usage] = {}
         self.answer_ids = 0
+        self.weights = 0  # number of those that answer
 
     async def __aenter__(self) -> "Flight":
         told = self._board.told
         try:
-            self.served.engine.submit(self.request, self._tell)
+            self.weights = self.served.engine.submit(self.request, self._tell)
         except config.InputError as error:
             raise errors.invalid(None, "invalid_value", str(error)) from None
         except engine.Overloaded as error:
@@ -120,6 +121,11 @@ class Flight:
         if self._left:
             self.served.engine.cancel(self.request.id)
             self._board.told.cancelled(self.served.name)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model and the weights that answer."""
+        return self.served.fingerprint(self.weights)
 
     def end(self, error: errors.ApiError) -> None:
         """Have the reader end with an error."""

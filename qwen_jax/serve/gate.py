@@ -23,6 +23,7 @@ from qwen_jax import config
 from qwen_jax.serve import errors
 
 VARIABLE = "QWEN_JAX_API_KEY"
+ADMIN_VARIABLE = "QWEN_JAX_ADMIN_KEY"
 MIN_LETTERS, MAX_LETTERS = 8, 512
 ANYBODY = "anybody"
 
@@ -57,7 +58,7 @@ class Keys:
         return hashlib.sha256(given).hexdigest()[:16]
 
 
-def keys_of(path: str) -> Keys:
+def keys_of(path: str, flag: str = "api_key_file", variable: str = VARIABLE) -> Keys:
     """The keys of a file, and the one in the environment.
 
     Raises:
@@ -69,15 +70,15 @@ def keys_of(path: str) -> Keys:
             text = pathlib.Path(path).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise config.InputError(
-                f"--api_key_file {path} cannot be read ({type(error).__name__}); "
+                f"--{flag} {path} cannot be read ({type(error).__name__}); "
                 "wanted a text file with one key a line"
             ) from None
         lines = [(f"line {i} of {path}", x) for i, x in enumerate(text.splitlines(), 1)]
         found = [(at, x.strip()) for at, x in lines if x.strip() and x[0] != "#"]
         if not found:
-            raise config.InputError(f"--api_key_file {path} has no key in it")
-    if os.environ.get(VARIABLE):
-        found.append((f"the environment's {VARIABLE}", os.environ[VARIABLE].strip()))
+            raise config.InputError(f"--{flag} {path} has no key in it")
+    if os.environ.get(variable):
+        found.append((f"the environment's {variable}", os.environ[variable].strip()))
     for at, key in found:
         fits = key.isascii() and key.isprintable() and " " not in key
         if not fits or not MIN_LETTERS <= len(key) <= MAX_LETTERS:

@@ -27,6 +27,7 @@ from starlette import exceptions, routing
 
 from qwen_jax import __version__
 from qwen_jax.serve import (
+    admin,
     bodies,
     chat_api,
     completions_api,
@@ -72,8 +73,9 @@ class Settings:
 class App:
     """See the module docstring.
 
-    Attributes: draining (set it, and new requests are refused), in_flight (requests of
-    HTTP being answered, without those that only watch the server), board, told.
+    Attributes: admin (answers on its own port, if it is set), draining (set it, and new
+    requests are refused), in_flight (requests of HTTP being answered, without those
+    that only watch the server), board, told.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class App:
     ):
         self.settings = settings or Settings()
         self.models, self.guard, self._keys = models, guard, keys or gate.Keys()
+        self.admin: admin.Admin | None = None
         self.told = metrics.Metrics(models, self.settings.metrics_prefix)
         self.board = flight.Board(self.told, self.settings.max_waiting)
         self._requests = gate.Limit(self.settings.requests_a_minute, "requests", clock)
@@ -159,6 +162,10 @@ class App:
     async def _answer(self, scope: Any, receive: Any, send: Any, status: Any) -> None:
         """Let the request in and have it answered; whatever comes out is told."""
         try:
+            self._check_header(scope)
+            if self.admin is not None and self.admin.here(scope):
+                await self.admin.answer(scope, receive, send)
+                return
             self._let_in(scope)
             await self._router(scope, receive, send)
             return
@@ -175,8 +182,8 @@ class App:
             raise bodies.Gone
         await bodies.respond(send, told.status, told.json(), told.headers)
 
-    def _let_in(self, scope: Any) -> None:
-        """Limits of the header, the key, draining.
+    def _check_header(self, scope: Any) -> None:
+        """Limits of the header, and the name that it asks.
 
         Raises:
           errors.ApiError: it may not come in.
@@ -199,6 +206,13 @@ class App:
         if self.settings.hosts and name.lower() not in self.settings.hosts:
             # A page of another site whose name was made to lead here.
             raise no_http("This server is not asked by that name.")
+
+    def _let_in(self, scope: Any) -> None:
+        """The key, draining.
+
+        Raises:
+          errors.ApiError: it may not come in.
+        """
         path = scope["path"]
         if path not in OPEN and path not in page.FILES:
             sent = bodies.header(scope, b"authorization")

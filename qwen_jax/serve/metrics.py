@@ -63,8 +63,9 @@ class _OfEngines(registry.Collector):
             labels=(*_MODEL, "version", "fingerprint", "program"),
         )
         for served in self._models.all():
-            labels = [served.name, served.version, served.fingerprint, __version__]
-            info.add_metric(labels, 1)
+            number = served.engine.weights
+            version, print_ = served.version_of(number), served.fingerprint(number)
+            info.add_metric([served.name, version, print_, __version__], 1)
         yield info
 
 

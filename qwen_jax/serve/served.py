@@ -5,8 +5,11 @@ A name is known from the start and has its model and engine when they are loaded
 then requests are told so (503 model_loading). A name may be given another engine at any
 time: requests in flight keep the one they began with.
 
+An engine may get other weights of the same model, too; it numbers them, and says which
+answer a request.
+
 Invariants: threads may add while others look up. `Served.fingerprint` is the same for
-the same model and version of this program.
+the same weights and version of this program.
 Raises: errors.ApiError 404 model_not_found, 503 model_loading.
 """
 
@@ -40,13 +43,18 @@ class Engine(Protocol):
     """What the server asks of an engine."""
 
     max_tokens: int  # of a prompt and its answer
+    weights: int  # how often they were exchanged
 
     def submit(
         self,
         request: request_lib.Request,
         tell: Callable[[request_lib.Piece], None],
-    ) -> None:
-        """Take a request, or raise InputError, engine.Overloaded or engine.Closed."""
+    ) -> int:
+        """Take a request, or raise InputError, engine.Overloaded or engine.Closed; the
+        number of the weights that answer it."""
+
+    def swap(self, params: Any) -> int:
+        """Other weights of the same model for what comes from now on; their number."""
 
     def cancel(self, request_id: str) -> None:
         """End a request."""
@@ -63,13 +71,15 @@ class Engine(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A model with its engine. created: seconds since 1970. version: of the weights."""
+    """A model with its engine. created: seconds since 1970. version: of the weights it
+    began with; later: of those that the engine got since, by their number."""
 
     name: str
     model: Model
     engine: Engine
     created: int
     version: str = ""
+    later: dict[int, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def grammars(self) -> grammar.Compiler:
@@ -79,10 +89,17 @@ class Served:
         return grammar.Compiler(words, self.model.spec.vocab_size, ends)
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """What answers of one seed depend on."""
-        facts = (__version__, self.name, self.version, self.model.tokenizer.fingerprint)
-        text = repr((*facts, self.model.spec))
+    def _facts(self) -> str:
+        words = self.model.tokenizer.fingerprint
+        return repr((__version__, self.name, words, self.model.spec))
+
+    def version_of(self, weights: int) -> str:
+        """The version of the weights with a number."""
+        return self.later.get(weights, str(weights)) if weights else self.version
+
+    def fingerprint(self, weights: int) -> str:
+        """What answers of one seed depend on, given by the weights of this number."""
+        text = repr((self._facts, self.version_of(weights)))
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:10]
 
     def card(self) -> dict[str, Any]:
@@ -129,6 +146,11 @@ class Models:
         if found is None:
             raise errors.unavailable("model_loading", "The model is being loaded.", 2)
         return found
+
+    def find(self, name: str) -> Served | None:
+        """The model of a name, if there is one and it is loaded."""
+        with self._lock:
+            return self._served.get(name)
 
     def all(self) -> list[Served]:
         """Those that are loaded."""

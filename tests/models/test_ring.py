@@ -120,6 +120,7 @@ def test_cached_decoding_is_the_full_forward(name, parts, listed):
 
 @pytest.mark.parametrize("listed", [False, True], ids=["stacked", "a list of layers"])
 def test_a_mesh_decodes_alike(listed):
+    wanted("some")  # without a mesh
     device_mesh = mesh.make(mesh.MeshConfig(data=2, fsdp=2, tensor=2))
     rules = mesh.Rules()
     with jax.set_mesh(device_mesh):

@@ -66,7 +66,7 @@ class Engine:
 
     def __init__(self, of: Model, script: dict[str, str] | None = None):
         self.model, self.script = of, dict(script or {})
-        self.max_tokens = 4096
+        self.max_tokens, self.weights = 4096, 0
         self.delay_s, self.first_delay_s = 0.0, 0.0
         self.full, self.fault, self.fault_after = False, None, 3
         self.seen: list[request_lib.Request] = []
@@ -92,6 +92,7 @@ class Engine:
         with self._lock:
             self.seen.append(request)
             self._jobs[request.id] = _Job(self, request, tell)
+        return 0
 
     def cancel(self, request_id):
         with self._lock:

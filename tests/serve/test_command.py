@@ -213,6 +213,8 @@ def test_mistakes(folder, capsys, tmp_path, monkeypatch):
     assert "--max_queue 0" in refused(capsys, model, "--max_queue=0")
     assert "--shutdown_timeout_s" in refused(capsys, model, "--shutdown_timeout_s=-1")
     assert "/none" in refused(capsys, model, "--guard_policy=/none")
+    assert "--admin_key_file FILE" in refused(capsys, model, "--admin_port=0")
+    assert "--admin_key_file /n" in refused(capsys, model, "--admin_key_file=/n")
     assert "did you mean --host?" in refused(capsys, model, "--hosst=x")
     keys = tmp_path / "keys"
     for text, said in (
