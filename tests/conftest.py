@@ -6,6 +6,10 @@ import os
 import pathlib
 from importlib import metadata
 
+# Each worker of pytest has one core's work: threads of torch would only wait for each
+# other, on two busy cores for half of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Programs of the tests run for milliseconds and compile for seconds: without LLVM's
 # optimizations and the fusion emitters they compile ten times faster. The second flag
 # is known to the XLA of jax 0.10; a flag that is not known ends the process.
@@ -31,7 +35,7 @@ jax.config.update(
         "QWEN_JAX_TEST_CACHE", os.path.expanduser("~/.cache/qwen_jax/test-compile")
     ),
 )
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 _STATM = pathlib.Path("/proc/self/statm")
 

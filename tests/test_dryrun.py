@@ -226,7 +226,7 @@ def compiled_for(name, slice_name, layers):
 @pytest.mark.parametrize(
     ("name", "slice_name"),
     [
-        ("qwen3_8b", "v6e:4x4"),
+        pytest.param("qwen3_8b", "v6e:4x4", marks=pytest.mark.slow),
         pytest.param("qwen3_32b", "v6e:16x16", marks=pytest.mark.slow),
     ],
 )

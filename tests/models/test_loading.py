@@ -333,7 +333,9 @@ print(json.dumps({"held": held, "over": peak() - base - held}))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)]
+)
 def test_memory_is_the_weights_and_little_more(tmp_path, dtype):
     """Far below the largest file and one layer, which is what was promised."""
     large = spec_lib.Spec(

@@ -307,6 +307,7 @@ def test_loss_and_gradients(made):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max() + 1e-7)
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_it_alike():
     with jax.enable_x64(True):
         spec = spec_lib.Spec(

@@ -38,11 +38,15 @@ BOTH, ONE, TWO = {"one": 1.0, "two": 1.0}, {"one": 1.0}, {"two": 1.0}
     "before, after",
     [
         # No stages yet, and a decay stage that begins later.
-        ([], [(9, BOTH), (10, TWO)]),
+        pytest.param([], [(9, BOTH), (10, TWO)], marks=pytest.mark.slow),
         # Cut off exactly where the run stands; a weight of 0 is none.
         ([(4, BOTH), (7, ONE | {"two": 0})], [(4, BOTH), (6, ONE), (10, TWO)]),
         # The last one holds on after its end, until another comes.
-        ([(2, TWO), (4, BOTH)], [(2, TWO), (8, BOTH), (10, ONE)]),
+        pytest.param(
+            [(2, TWO), (4, BOTH)],
+            [(2, TWO), (8, BOTH), (10, ONE)],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_stages_that_have_not_begun_may_change(here, tmp_path, two, before, after):
@@ -86,7 +90,14 @@ def test_a_changed_shard_is_named(here, copied, data, tmp_path):
     assert "Put the old files back" in err
 
 
-@pytest.mark.parametrize("place", ["elsewhere/corpus", "elsewhere/renamed", "relative"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("elsewhere/corpus", marks=pytest.mark.slow),
+        "elsewhere/renamed",
+        pytest.param("relative", marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_corpus_may_stand_elsewhere(
     here, finished, copied, data, tmp_path, monkeypatch, place
 ):

@@ -123,12 +123,12 @@ def check(data, alone, optimizer, sizes, **more):
     np.testing.assert_allclose(numbers[:, 1], wanted[:, 1], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["data 2, fsdp 2", "all of 8"])
+@pytest.mark.parametrize("name", ["data 2, fsdp 2"])
 def test_muon_has_the_same_losses(name, data, alone):
     check(data, alone, "muon", MESHES[name])
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", ["fsdp 4", "data 2, tensor 2", "all of 8"])
 def test_adamw_has_the_same_losses(name, data, alone):
     check(data, alone, "adamw", MESHES[name])
 
