@@ -435,6 +435,7 @@ BENCHES = {
     "decode": "tokens a second with a cache, beside other libraries with --peers",
     "moe": "a layer of experts beside a plain matrix product",
     "engine": "the serving engine beside a decoding loop by hand",
+    "answer": "a real model's answers, beside other programs with --peers",
     "load": "weights from safetensors beside a plain read of the files",
     "pages": "ways to cut memory into pages, on long-tailed traces (no time)",
     "serve": "load on an OpenAI-compatible server: first tokens, rates, limits",

@@ -43,6 +43,11 @@ RECIPES = {
             "import torch; from transformers import Qwen3ForCausalLM",
         ),
         Recipe(
+            "llama",
+            ("llama-cpp-python==0.3.36", "gguf==0.19.0"),
+            "import gguf, llama_cpp",
+        ),
+        Recipe(
             "tunix",
             ("google-tunix==0.1.7",),
             "from tunix.models.qwen3 import model",

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ids of an answer as they come -> text that may be told, and whether it is over.
 
-Whole code points only, and nothing that may be the beginning of a stop text. The first
-of these ends an answer: an id that does, a stop text that is whole, a grammar that
-wants no more, the most ids that were asked for.
+Whole code points only, no control tokens (marks of thinking and tools are text), and
+nothing that may be the beginning of a stop text. The first of these ends an answer: an
+id that does, a stop text that is whole, a grammar that wants no more, the most ids that
+were asked for.
 Raises: nothing.
 """
 
@@ -23,7 +24,7 @@ class Answer:
         self._most, self._stop_ids = request.max_tokens, frozenset(stop_ids)
         self._text = self._watch = None
         if vocabulary is not None:
-            self._text = tokenizer.Detokenizer(vocabulary)
+            self._text = tokenizer.Detokenizer(vocabulary, skip_special=True)
             self._watch = reply.Watch(request.stop) if request.stop else None
         self.matcher = request.grammar.start() if request.grammar else None
         self.count = 0
