@@ -19,9 +19,7 @@ of `delta.mix` with slots r for rows; tail_rj, segments of the filters' last inp
 Invariants: what a row computes does not depend on which pages it has, or on the other
 rows; a page that two rows share is written by neither. Weights have layers apart
 (`decoder.unstacked`).
-Two ways over pages: a loop over those that are there ("loop", for CPUs, where gathering
-them costs more than reading them), and all pages of the table gathered ("gather", the
-plain twin).
+Ways over pages, by platform: `page_ways.py`.
 Raises: config.InputError for models whose layers keep something else.
 """
 
@@ -35,10 +33,9 @@ from flax import struct
 
 from qwen_jax import config, mesh
 from qwen_jax.models import attention as attn
-from qwen_jax.models import decoder, rope, streams
+from qwen_jax.models import decoder, page_ways, rope, streams
 from qwen_jax.models import delta as delta_lib
 from qwen_jax.models import spec as spec_lib
-from qwen_jax.models.kernels import blockwise
 
 
 @struct.dataclass
@@ -160,7 +157,7 @@ def hidden(
     x, _ = decoder.embed_tokens(spec, params, tokens_bt, real_bt, **see)
     at_bt = places.length_b[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
     angles = rope.angles(spec, at_bt)
-    way = way or ("loop" if mesh.platform() == "cpu" else "gather")
+    way = way or page_ways.here()
     mix = functools.partial(
         attention,
         real_bt=real_bt,
@@ -242,7 +239,7 @@ def attention(
 
 def _local(q_btnk, k_bthk, v_bthk, held, real_bt, places, *, way, window):
     held = _written(held, k_bthk, v_bthk, real_bt, places)
-    over = looped if way == "loop" else gathered
+    over = page_ways.WAYS[way]
     return over(q_btnk, held, real_bt, places, window), held
 
 
@@ -288,85 +285,6 @@ def _one_each(held, k_bhk, v_bhk, page_b, at_b):
             v_nhck, v_bhk[i][None, :, None], (page_b[i], zero, at_b[i], zero)
         )
     return {"k_nhkc": k_nhkc, "v_nhck": v_nhck}
-
-
-def gathered(q_btnk, held, real_bt, places, window):
-    """The plain twin: attention over all pages of the tables, in the open."""
-    (b, t), p = real_bt.shape, places.table_bp.shape[1]
-    k_bphkc = held["k_nhkc"][places.table_bp]
-    v_bphck = held["v_nhck"][places.table_bp]
-    _, _, h, k, c = k_bphkc.shape
-    k_bhks = k_bphkc.transpose(0, 2, 3, 1, 4).reshape(b, h, k, p * c)
-    v_bhsk = v_bphck.transpose(0, 2, 1, 3, 4).reshape(b, h, p * c, k)
-    at_1s = jnp.arange(p * c)[None]
-    count_b = places.length_b + jnp.sum(real_bt, axis=1)
-    there_bs = (at_1s < count_b[:, None]).astype(jnp.int32)
-    at_bt = places.length_b[:, None] + jnp.arange(t)[None]
-    return attn.over(
-        q_btnk, k_bhks, v_bhsk, real_bt, there_bs, at_bt, at_1s, window=window
-    )
-
-
-def looped(q_btnk, held, real_bt, places, window):
-    """Attention of new tokens over the pages that their rows have, one page at a time,
-    with a running maximum (arXiv 1805.02867)."""
-    b, t, n, k = q_btnk.shape
-    k_nhkc, v_nhck = held["k_nhkc"], held["v_nhck"]
-    _, h, c, _ = v_nhck.shape
-    g = n // h
-    wide = jnp.promote_types(q_btnk.dtype, jnp.float32)
-    q_bthgk = (q_btnk * k**-0.5).reshape(b, t, h, g, k)
-    q_bhgtk = q_bthgk.transpose(0, 2, 3, 1, 4)
-    near = mesh.varying(q_btnk)
-
-    def row(i, out_bhgtk):
-        q_hgtk, start = q_bhgtk[i], places.length_b[i]
-        end = start + jnp.sum(real_bt[i])
-        at_t = start + jnp.arange(t)
-        first_t = jnp.maximum(at_t - window + 1, 0) if window else jnp.zeros_like(at_t)
-
-        def page(j, carry):
-            top_hgt, sum_hgt, out_hgtk = carry
-            here = places.table_bp[i, j]
-            k_hkc = jax.lax.dynamic_index_in_dim(k_nhkc, here, keepdims=False)
-            v_hck = jax.lax.dynamic_index_in_dim(v_nhck, here, keepdims=False)
-            s_hgtc = jnp.einsum(
-                "hgtk,hkc->hgtc", q_hgtk, k_hkc, preferred_element_type=wide
-            )
-            at_1c = (j * c + jnp.arange(c))[None]
-            seen_tc = (at_1c >= first_t[:, None]) & (at_1c <= at_t[:, None])
-            s_hgtc = jnp.where(seen_tc[None, None], s_hgtc, blockwise.NEG)
-            new_hgt = jnp.maximum(top_hgt, jnp.max(s_hgtc, axis=-1))
-            # While a row has seen nothing its maximum is NEG, and exp gives ones.
-            p_hgtc = jnp.where(
-                seen_tc[None, None], jnp.exp(s_hgtc - new_hgt[..., None]), 0.0
-            )
-            less_hgt = jnp.exp(top_hgt - new_hgt)
-            sum_hgt = sum_hgt * less_hgt + jnp.sum(p_hgtc, axis=-1)
-            more_hgtk = jnp.einsum(
-                "hgtc,hck->hgtk",
-                p_hgtc.astype(v_hck.dtype),
-                v_hck,
-                preferred_element_type=wide,
-            )
-            return new_hgt, sum_hgt, out_hgtk * less_hgt[..., None] + more_hgtk
-
-        empty = (
-            jnp.full((h, g, t), blockwise.NEG, wide),
-            jnp.zeros((h, g, t), wide),
-            jnp.zeros((h, g, t, k), wide),
-        )
-        empty = jax.tree.map(lambda x: mesh.vary(x, near), empty)
-        last = jnp.where(end > start, (end - 1) // c + 1, 0)
-        _, sum_hgt, out_hgtk = jax.lax.fori_loop(first_t[0] // c, last, page, empty)
-        out_hgtk = out_hgtk / jnp.maximum(sum_hgt, jnp.finfo(wide).tiny)[..., None]
-        return jax.lax.dynamic_update_index_in_dim(
-            out_bhgtk, out_hgtk.astype(out_bhgtk.dtype), i, 0
-        )
-
-    out_bhgtk = mesh.vary(jnp.zeros((b, h, g, t, k), q_btnk.dtype), near)
-    out_bhgtk = jax.lax.fori_loop(0, b, row, out_bhgtk)
-    return out_bhgtk.transpose(0, 3, 1, 2, 4).reshape(b, t, n, k)
 
 
 def state_units(spec: spec_lib.Spec, page_tokens: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import config, mesh, models, params
-from qwen_jax.models import decoder, paged, sizes
+from qwen_jax.models import decoder, page_ways, paged, sizes
 from qwen_jax.models import spec as spec_lib
 
 DENSE = spec_lib.Spec(
@@ -119,10 +119,12 @@ def played(name, tree, prompt, step, rules=None):
 
 CASES = [(name, "loop", prompt) for name in SPECS for prompt in (0, 11)]
 CASES += [(name, "gather", 11) for name in ("dense", "window", "hybrid")]
+CASES += [(name, "blocks", 11) for name in ("dense", "window")]
 
 
 @pytest.mark.parametrize(("name", "way", "prompt"), CASES)
-def test_pages_are_the_full_forward(name, way, prompt):
+def test_pages_are_the_full_forward(name, way, prompt, monkeypatch):
+    monkeypatch.setattr(page_ways, "BLOCK_TOKENS", 2 * C)  # several blocks a row
     tree = decoder.unstacked(SPECS[name], weights(name))
     found = played(name, tree, prompt, stepper(name, way))
     for one, other in zip(found, wanted(name), strict=True):
@@ -200,7 +202,7 @@ def test_states_lie_in_pages_as_they_are(dtype, ways):
     assert (found.tail_rj[3] == 1).all()
 
 
-@pytest.mark.parametrize(("name", "way"), [("dense", "gather"), ("hybrid", "loop")])
+@pytest.mark.parametrize(("name", "way"), [("dense", "blocks"), ("hybrid", "loop")])
 def test_on_a_mesh(name, way):
     spec, rules = SPECS[name], mesh.Rules(batch=None)
     device_mesh = mesh.make(mesh.MeshConfig(1, 1, 2, 1), jax.devices()[:2])
