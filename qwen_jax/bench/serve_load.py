@@ -41,7 +41,8 @@ OK = "ok"
 MAX_SAID = 200
 IDLE_S = 2.0
 WARM_SEED = 1_000_003
-LAG_EVERY_S = 0.01
+LAG_EVERY_S, AGAIN_S = 0.01, 0.05
+REFUSED = ("429", "503")
 # Short English words that most vocabularies have as one token, with the blank.
 WORDS = "the of and to in is was for on with as by at from that it are be this have"
 WORDS += " one two time year people way day man thing world life hand part place case"
@@ -378,6 +379,7 @@ async def run(
     most: int = 0,
     first: Callable[[], None] | None = None,
     begun: Callable[[Callable[[], float]], None] | None = None,
+    again: bool = False,
 ) -> Run:
     """Send each request when it is due, or, with `most` in flight, when one is over.
 
@@ -387,6 +389,8 @@ async def run(
       most: requests at once; 0 for any number.
       first: called at each first token.
       begun: called with the clock of the run.
+      again: send what was refused again, AGAIN_S later, until it is answered; a closed
+        loop of clients that hang up would not show what a server can do.
     """
     gate = asyncio.Semaphore(most) if most else contextlib.nullcontext()
     zero_s = time.perf_counter()
@@ -399,7 +403,11 @@ async def run(
 
     async def one(ask: Ask) -> Sent:
         async with gate:
-            return await client.send(ask, now, first)
+            while True:
+                sent = await client.send(ask, now, first)
+                if not again or sent.status not in REFUSED:
+                    return sent
+                await asyncio.sleep(AGAIN_S)
 
     lags_s: list[float] = []
     watch = asyncio.create_task(_lag(lags_s))

@@ -26,7 +26,6 @@ from qwen_jax.bench import serve_load, table
 METRICS = ("ttft", "tpot", "itl", "e2el")
 LIMITED = ("ttft", "tpot", "e2el")
 STATISTICS = ("mean", "median", "std", "p50", "p90", "p95", "p99")
-REFUSED = ("429", "503")
 
 
 def limits(words: Sequence[str]) -> dict[str, float]:
@@ -106,7 +105,7 @@ def summary(
     }
     for name in METRICS:
         figures |= statistics(values_s[name], name)
-    refused = [sent for sent in failed if sent.status in REFUSED]
+    refused = [sent for sent in failed if sent.status in serve_load.REFUSED]
     figures["refused"] = len(refused)
     figures |= statistics([sent.e2el_s for sent in refused], "refusal")
     late = [sent.sent_s - sent.due_s for sent in run.sent]

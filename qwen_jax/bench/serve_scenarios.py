@@ -2,10 +2,10 @@
 """Scenarios of `qwen-jax bench serve`: overload and drain, with bars.
 
 Overload: requests one after another give the time to the first token without
-contention; a closed loop gives the rate that the server sustains; then Poisson arrivals
-at a multiple of it. Wanted: p95 of the time to the first token of those answered at
-most TTFT_TIMES the uncontended p95; p95 of the time to refuse below REFUSAL_MS; nothing
-but answers and refusals (429, 503).
+contention; a closed loop, in which what is refused is sent again, gives the rate that
+the server sustains; then Poisson arrivals at a multiple of it. Wanted: p95 of the time
+to the first token of those answered at most TTFT_TIMES the uncontended p95; p95 of the
+time to refuse below REFUSAL_MS; nothing but answers and refusals (429, 503).
 
 Drain: a chat, for which our server starts a child, then a closed loop; once as many
 streams as it holds have begun, SIGTERM. Wanted: each stream that had begun ends whole;
@@ -65,7 +65,7 @@ async def overload(
     count = max(3 * most, alone)
     say(f"sustained: {count} requests, {most} at once")
     second = await serve_load.run(
-        client, part(2, num_prompts=count, rate=inf), most=most
+        client, part(2, num_prompts=count, rate=inf), most=most, again=True
     )
     full = answered(second, "sustained")
     rate = times * full["request_throughput"]
@@ -180,7 +180,7 @@ def drain_figures(run: serve_load.Run, signal_s: float) -> dict[str, Any]:
     waiting = [s for s in flying if s not in streams]
     after = [s for s in run.sent if s.sent_s > signal_s]
     whole = [s for s in streams if s.ok and s.output_tokens == s.asked_tokens]
-    nobody = (*serve_report.REFUSED, "connect", "no answer")
+    nobody = (*serve_load.REFUSED, "connect", "no answer")
     refused = [s for s in after if s.status in nobody]
     return {
         "streams": len(streams),

@@ -68,6 +68,7 @@ class Engine:
       settings: how much it holds.
       rules: dims -> mesh axes; the mesh is the one set when the engine is made.
       stop_ids: ids that end an answer; None for the model's `eos_ids`.
+      clock: seconds, from any begin.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Engine:
         settings: device_lib.Settings | None = None,
         rules: mesh.Rules | None = None,
         stop_ids: Sequence[int] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ):
         self.spec, self.tokenizer = spec, tokenizer
         self.settings = settings or device_lib.Settings()
@@ -87,7 +89,10 @@ class Engine:
         self._device = device_lib.Device(spec, params, self.settings, rules)
         self.max_tokens = self._device.max_tokens
         self._lock = threading.Condition()
-        self._new: collections.deque[request_lib.Request] = collections.deque()
+        self._clock = clock
+        # Requests that came since the last step, and when.
+        self._new: collections.deque[tuple[request_lib.Request, float]]
+        self._new = collections.deque()
         self._cancelled: set[str] = set()
         self._tells: dict[str, tuple[Tell, int]] = {}  # request: (tell, answers left)
         self.weights = 0  # swaps so far
@@ -98,11 +103,11 @@ class Engine:
         self._calls = itertools.count()  # of `generate`, which may be called at once
         self.steps = 0
         self.plan_s = self.busy_s = 0.0  # in the scheduler, in steps at all
-        # Of late: seconds of a step for each token of a prompt, and between two ends of
-        # rows while all slots are taken.
-        self._token_s = self._end_s = 0.0
+        # Of late: seconds and tokens of steps that have a piece of a prompt, seconds
+        # between two ends of rows while all slots are taken.
+        self._piece_s = self._piece_tokens = self._end_s = 0.0
         self._ended_s: float | None = None
-        self._pieced = 0
+        self._pieced = 0  # tokens of prompts in the step that is being made
         self._empty()
 
     def _empty(self) -> None:
@@ -138,18 +143,27 @@ class Engine:
         with self._lock:
             if self._closing:
                 raise Closed("the engine is closing")
-            waiting = len(self._new) + len(self._scheduler.waiting)
-            if waiting >= self.settings.max_waiting:
-                raise Overloaded(waiting, retry_after_s=1.0)
-            wait_s = self._expected_s(request)
-            if 0 < self.settings.max_wait_s < wait_s:
-                raise Overloaded(waiting, retry_after_s=wait_s)
+            refused = self._refusal(request.n)
+            if refused is not None:
+                raise refused
             if request.id in self._tells:
                 raise config.InputError(f"request {request.id!r} is in flight already")
             self._tells[request.id] = (tell, request.n)
-            self._new.append(request)
+            self._new.append((request, self._clock()))
             self._lock.notify()
             return self.weights
+
+    def refusal(self) -> Overloaded | None:
+        """What `submit` would raise now, whatever the request; None if it might not."""
+        with self._lock:
+            return self._refusal(1)
+
+    def _refusal(self, n: int) -> Overloaded | None:
+        waiting, settings = len(self._new) + len(self._scheduler.waiting), self.settings
+        wait_s = self._expected_s(n)
+        if waiting >= settings.max_waiting or 0 < settings.max_wait_s < wait_s:
+            return Overloaded(waiting, retry_after_s=wait_s)
+        return None
 
     def check(self, request: request_lib.Request) -> None:
         """Refuse what can never be answered.
@@ -172,17 +186,19 @@ class Engine:
         if request.stop and self.tokenizer is None:
             raise config.InputError("stop texts need an engine with a tokenizer")
 
-    def _expected_s(self, request: request_lib.Request) -> float:
-        """Seconds that a new request waits for others, as of late: their prompts, and
-        rows that have to end before it has a slot. 0 where nothing is before it."""
+    def _expected_s(self, n: int) -> float:
+        """Seconds that a new request of n answers waits for others, as of late: their
+        prompts, and rows that have to end before it has slots. 0 where nothing is
+        before it, whatever was measured, so that it cannot stay above a limit."""
         plan = self._scheduler
-        tokens = sum(len(one.prompt) for one in self._new)
+        tokens = self._pieced + sum(len(one.prompt) for one, _ in self._new)
         tokens += sum(row.wanted - row.length for row in plan.waiting)
         tokens += sum(row.wanted - row.length for row in plan.running)
-        rows = sum(one.n for one in (request, *self._new))
+        rows = sum(one.n for one, _ in self._new)
         rows += len(plan.waiting) + len(plan.running)
-        ends = max(0, rows - self.settings.rows)
-        return tokens * self._token_s + ends * self._end_s
+        ends = max(0, rows + min(n, self.settings.rows) - self.settings.rows)
+        token_s = self._piece_s / self._piece_tokens if self._piece_tokens else 0.0
+        return tokens * token_s + ends * self._end_s
 
     def _check_ids(self, ids: Sequence[int], name: str) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self.spec.vocab_size:
@@ -259,6 +275,7 @@ class Engine:
                 prefix_found=plan.found,
                 preempted=plan.preempted,
                 compiled=device_lib.compiled(),
+                wait_s=self._expected_s(1),
             )
 
     def generate(
@@ -363,7 +380,7 @@ class Engine:
 
     def step(self) -> bool:
         """One step; False when there was nothing to do. Called by one thread only."""
-        began = time.perf_counter()
+        began = self._clock()
         with jax.set_mesh(self._mesh):
             try:
                 return self._step()
@@ -371,13 +388,16 @@ class Engine:
                 self._fail(error)
                 return True
             finally:
-                took_s = time.perf_counter() - began
+                took_s = self._clock() - began
                 self.busy_s += took_s
                 if self._pieced:
-                    self._token_s += LATE * (took_s / self._pieced - self._token_s)
+                    # Apart, as a piece of one token takes as long as one of many.
+                    self._piece_s += LATE * (took_s - self._piece_s)
+                    self._piece_tokens += LATE * (self._pieced - self._piece_tokens)
+                    self._pieced = 0
 
     def _step(self) -> bool:
-        self._pieced, began = 0, time.perf_counter()
+        began = self._clock()
         with self._lock:
             self._take_in()
             self._swapped()
@@ -386,16 +406,18 @@ class Engine:
             self._land(0)
         with self._lock:
             plan = self._scheduler.plan()
-        self.plan_s += time.perf_counter() - began
+        self.plan_s += self._clock() - began
         if plan is None:
             self._land(0)
             with self._lock:
                 plan = self._scheduler.plan()
+        for row in self._scheduler.running:
+            if row.begun_s is None:
+                row.begun_s = began
         if not plan:
             self._land(0)
             return bool(self.in_flight)
         self.steps += 1
-        self._pieced = plan.prefill.count if plan.prefill is not None else 0
         for row in plan.restore:
             self._device.restore(row)
         if plan.prefill is not None:
@@ -420,9 +442,10 @@ class Engine:
         """New requests into the queue, cancelled ones out of everything."""
         # While weights are to come, what is new waits for them.
         while self._new and self._swap is None:
-            request = self._new.popleft()
+            request, come_s = self._new.popleft()
             for index in range(request.n):
                 row = scheduler.Row(request, index, self._device.table_pages)
+                row.come_s = come_s
                 stop_ids = request.stop_ids
                 stop_ids = self.stop_ids if stop_ids is None else stop_ids
                 try:
@@ -462,7 +485,7 @@ class Engine:
             after = row.ids[now.start + 1 : now.start + now.count + 1]
             top = row.request.prompt_logprobs
             row.answer.prompt += _logprobs(told, after, top, len(after))
-        row.length += now.count
+        row.length, self._pieced = row.length + now.count, now.count
         with self._lock:
             self._scheduler.share(row)
             state = self._scheduler.state_page(row)
@@ -508,8 +531,11 @@ class Engine:
                     self._end(row, request_lib.ERROR, error=_told(error))
                 continue
             more = {"text": text, "ids": (token,), "logprobs": logprobs}
-            if row.answer.count == 1 and row.index == 0 and row.answer.prompt:
-                more["prompt_logprobs"] = tuple(row.answer.prompt)
+            if row.answer.count == 1:
+                more["queue_s"] = row.begun_s - row.come_s
+                more["prefill_s"] = self._clock() - row.begun_s
+                if row.index == 0 and row.answer.prompt:
+                    more["prompt_logprobs"] = tuple(row.answer.prompt)
             if finish is None:
                 self._say(row, request_lib.Piece(row.request.id, row.index, **more))
             else:
@@ -530,7 +556,7 @@ class Engine:
         """The last piece of a row, with the lock held."""
         if row.slot >= 0:
             full = len(self._scheduler.running) == self.settings.rows
-            now_s, before_s = time.perf_counter(), self._ended_s
+            now_s, before_s = self._clock(), self._ended_s
             if full and before_s is not None:
                 self._end_s += LATE * (now_s - before_s - self._end_s)
             self._ended_s = now_s if full else None

@@ -18,7 +18,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from qwen_jax import config
@@ -46,16 +46,30 @@ class Board:
             told = sum(flight.first_s is None for flight in self.flights)
             return told + self._coming
 
-    @contextlib.contextmanager
-    def coming(self) -> Iterator[None]:
-        """The block makes a request ready; refused at once where too many wait.
+    def check_room(self, engines: Sequence[served_lib.Engine]) -> None:
+        """Refuse where too many wait, or where none of the engines takes any more.
 
         Raises:
           errors.ApiError: 429 overloaded.
         """
         if self.waiting >= self.max_waiting:
-            self.told.shed("queue_full")
-            raise errors.overloaded(1.0)
+            waits_s = [one.load().wait_s for one in engines]
+        else:
+            refusals = [one.refusal() for one in engines]
+            if not refusals or None in refusals:
+                return
+            waits_s = [one.retry_after_s for one in refusals]
+        self.told.shed("queue_full")
+        raise errors.overloaded(min(waits_s, default=1.0))
+
+    @contextlib.contextmanager
+    def coming(self, of: served_lib.Served) -> Iterator[None]:
+        """The block makes a request ready; refused at once where too many wait.
+
+        Raises:
+          errors.ApiError: 429 overloaded.
+        """
+        self.check_room([of.engine])
         self._coming += 1
         try:
             yield
@@ -166,7 +180,7 @@ class Flight:
             self.answer_ids += len(piece.ids)
             last_s = self._last_s.get(piece.index)
             if self.first_s is None:
-                told.first_token(name, now_s - self.begun_s)
+                told.first_token(name, now_s - self.begun_s, piece)
             elif last_s is not None:
                 told.next_tokens(name, now_s - last_s, len(piece.ids))
             self._last_s[piece.index] = now_s

@@ -228,14 +228,20 @@ class App:
 
     # --- routes ---
 
-    async def _body(self, scope: Any, receive: Any, read: Any) -> Any:
-        """What `read` makes of a JSON body, counted against the limit of requests."""
+    async def _body(
+        self, scope: Any, receive: Any, read: Any, queued: bool = False
+    ) -> Any:
+        """What `read` makes of a JSON body, counted against the limit of requests.
+        queued: it asks an engine for answers, so it is refused where all are full: a
+        refusal that is worked out in other threads comes late under load."""
         try:
             self._requests.take(scope["state"]["holder"], 1)
             self._tokens.take(scope["state"]["holder"], 0)
         except errors.ApiError:
             self.told.shed("rate_limit")
             raise
+        if queued:
+            self.board.check_room([served.engine for served in self.models.all()])
         data = await bodies.read(
             scope, receive, self.settings.body_bytes, self.settings.body_s
         )
@@ -250,7 +256,7 @@ class App:
         return scope["state"]["holder"]
 
     async def _chat(self, scope: Any, receive: Any) -> Any:
-        wanted = await self._body(scope, receive, protocol.chat_request)
+        wanted = await self._body(scope, receive, protocol.chat_request, queued=True)
         served = self.models.get(wanted.model)
 
         def prepared() -> prompts.ChatPrompt:
@@ -263,7 +269,7 @@ class App:
             return made
 
         async def begun(stack: contextlib.AsyncExitStack) -> chat_api.Chat:
-            with self.board.coming():
+            with self.board.coming(served):
                 prompt = await self._in_pool(prepared)
                 one = await self._flight(scope, stack, served, prompt.request)
             return chat_api.Chat(wanted, prompt, one, self.guard, self.board)
@@ -271,7 +277,9 @@ class App:
         return await self._answered(scope, receive, wanted.stream, begun)
 
     async def _completions(self, scope: Any, receive: Any) -> Any:
-        wanted = await self._body(scope, receive, protocol.completion_request)
+        wanted = await self._body(
+            scope, receive, protocol.completion_request, queued=True
+        )
         served = self.models.get(wanted.model)
         request_id = f"cmpl-{uuid.uuid4().hex}"
 
@@ -297,7 +305,7 @@ class App:
             return made
 
         async def begun(stack: Any) -> completions_api.Completion:
-            with self.board.coming():
+            with self.board.coming(served):
                 made = await self._in_pool(prepared)
                 flights = [await self._flight(scope, stack, served, r) for r in made]
             return completions_api.Completion(

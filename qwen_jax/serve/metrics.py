@@ -2,9 +2,10 @@
 """Figures of a server for Prometheus, under the names that dashboards know.
 
 Source: the names of vLLM's metrics, with the prefix `qwen_jax:` (or `vllm:`, for
-dashboards made for it), and those of prometheus-fastapi-instrumentator for HTTP. Not
-told: request_queue_time_seconds and request_prefill_time_seconds, which only the engine
-could know. Deviation: cancelled requests are counted apart (requests_cancelled_total).
+dashboards made for it), and those of prometheus-fastapi-instrumentator for HTTP. The
+times of queue and prefill are the engine's, of the first answer of each request that
+had its first token. Deviation: cancelled requests are counted apart
+(requests_cancelled_total).
 
 Units: seconds by the monotonic clock of this process, tokens. What the engine knows is
 asked of it when somebody looks. Each server has a registry of its own.
@@ -103,6 +104,10 @@ class Metrics:
             "request_max_num_generation_tokens", "of the longest answer", _TOKENS
         )
         self._first_s = times("time_to_first_token_seconds", "from arrival", _SHORT_S)
+        self._queue_s = times("request_queue_time_seconds", "in the queue", _LONG_S)
+        self._prefill_s = times(
+            "request_prefill_time_seconds", "from the queue to the first", _LONG_S
+        )
         self._next_s = times(
             "inter_token_latency_seconds", "between tokens; waits count", _SHORT_S
         )
@@ -138,9 +143,13 @@ class Metrics:
         """The guard said something."""
         self._judged.labels(stage, label).inc()
 
-    def first_token(self, model: str, seconds: float) -> None:
-        """The first token came after so long."""
+    def first_token(self, model: str, seconds: float, piece: request_lib.Piece) -> None:
+        """The first token, with this piece, came after so long."""
         self._first_s.labels(model).observe(seconds)
+        if piece.queue_s is not None:
+            self._queue_s.labels(model).observe(piece.queue_s)
+        if piece.prefill_s is not None:
+            self._prefill_s.labels(model).observe(piece.prefill_s)
 
     def next_tokens(self, model: str, seconds: float, count: int) -> None:
         """So many more tokens came."""

@@ -116,6 +116,8 @@ class Piece:
     for. prompt_logprobs: with the first piece of answer 0, where asked for. finish: why
     the answer is over, with its last piece; then `usage` is there, and `stopped_by` is
     the text or the id that ended it. error: what is to be told, with finish "error".
+    queue_s, prefill_s: with the first id, from `submit` until the answer had a place
+    among those that run, and from there until that id was known.
     """
 
     request: str
@@ -128,12 +130,15 @@ class Piece:
     stopped_by: str | int | None = None
     usage: Usage | None = None
     error: str | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
     """How busy an engine is: requests that run and that wait, the share of pages in
-    use (by requests; what is only cached is free), and counts since its start."""
+    use (by requests; what is only cached is free), and counts since its start. wait_s:
+    how long one more is expected to wait for them."""
 
     running: int
     waiting: int
@@ -142,3 +147,4 @@ class Load:
     prefix_found: int
     preempted: int
     compiled: int
+    wait_s: float = 0.0

@@ -39,8 +39,7 @@ class Row:
 
     ids: of prompt and answer, as far as they are known. ahead: ids that were given to
     the device to draw and are not known yet. length: tokens in pages, once the device
-    has done what it was given. table: pages in order, 0 behind the last. answer: what
-    makes text of ids (the engine's).
+    has done what it was given. table: pages in order, 0 behind the last.
     """
 
     def __init__(self, request: request_lib.Request, index: int, table_pages: int):
@@ -56,6 +55,8 @@ class Row:
         self.marks: tuple[int, ...] = ()  # lengths behind which its state is kept
         self.cached = 0  # tokens of the prompt that were there when it first ran
         self.ran = False
+        # The engine's: when it came, when it first had a slot, what makes text of ids.
+        self.come_s, self.begun_s = 0.0, None
         self.answer: Any = None
 
     @property

@@ -56,6 +56,9 @@ class Engine(Protocol):
     def swap(self, params: Any) -> int:
         """Other weights of the same model for what comes from now on; their number."""
 
+    def refusal(self) -> Exception | None:
+        """The Overloaded that `submit` would raise now for any request, if it would."""
+
     def cancel(self, request_id: str) -> None:
         """End a request."""
 

@@ -71,7 +71,7 @@ class Engine:
         self.full, self.fault, self.fault_after = False, None, 3
         self.seen: list[request_lib.Request] = []
         self.cancelled: list[str] = []
-        self.cached = 0
+        self.cached, self.wait_s = 0, 0.0
         self._jobs: dict[str, _Job] = {}
         self._come: queue.Queue = queue.Queue()
         self._lock = threading.Lock()
@@ -94,6 +94,9 @@ class Engine:
             self._jobs[request.id] = _Job(self, request, tell)
         return 0
 
+    def refusal(self):
+        return engine.Overloaded(9, 2.0) if self.full else None
+
     def cancel(self, request_id):
         with self._lock:
             job = self._jobs.get(request_id)
@@ -104,7 +107,8 @@ class Engine:
     def load(self):
         with self._lock:
             running = len(self._jobs)
-        return request_lib.Load(running, 0, 0.25 if running else 0.0, 100, 40, 1, 3)
+        used = 0.25 if running else 0.0
+        return request_lib.Load(running, 0, used, 100, 40, 1, 3, self.wait_s)
 
     def embed(self, prompts):
         rows = []
@@ -239,6 +243,8 @@ class _Row:
         if several and len(self.ids) == 1 and self.index == 0:
             told = tuple(self._logprob(token) for token in request.prompt[1:])
             more["prompt_logprobs"] = told
+        if len(self.ids) == 1:
+            more |= {"queue_s": 0.25 + self.index, "prefill_s": 0.5}
         piece, self.told = text[self.told :], len(text)
         self.job.tell(
             request_lib.Piece(

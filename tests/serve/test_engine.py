@@ -491,32 +491,6 @@ def test_the_thread_serves_many_callers_and_closes():
         made.submit(Request("late", some[0], 1), pieces.append)
 
 
-def test_a_request_that_would_wait_too_long_is_refused_at_once():
-    settings = dataclasses.replace(SETTINGS, max_wait_s=1.0)
-    made = shared(SPEC, settings)
-    some = prompts(14, (40,) * 8)
-    # 10 ms for a token of a prompt, 300 ms from one end of a row to the next.
-    made._token_s, made._end_s = 0.01, 0.3
-    made.submit(Request("a", some[0], 5), print)  # waits for nobody
-    made.submit(Request("b", some[1], 5), print)  # 0.4 s
-    made.submit(Request("c", some[2], 5), print)  # 0.8 s
-    with pytest.raises(engine.Overloaded) as refused:
-        made.submit(Request("d", some[3], 5), print)
-    assert refused.value.retry_after_s == pytest.approx(1.2)
-    made._token_s = 0.001
-    made.submit(Request("e", some[4], 5), print)  # four rows
-    with pytest.raises(engine.Overloaded) as refused:
-        made.submit(Request("f", some[5], 5, n=4), print)
-    assert refused.value.retry_after_s == pytest.approx(0.16 + 4 * 0.3)
-    while made.in_flight:
-        made.step()
-    assert 0 < made._token_s < 1 and made._end_s > 0
-    made._token_s = made._end_s = 1e6
-    made.submit(Request("g", some[6], 1), print)  # and nobody is there
-    while made.in_flight:
-        made.step()
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from qwen_jax.serve import guard, guard_verdict
+from qwen_jax.serve import guard, guard_verdict, http
 from qwen_jax.serve import served as served_lib
 from tests.serve import fake_engine, scripts, servers
 
@@ -96,17 +96,55 @@ def test_a_full_queue():
             *(429, "server_overloaded", None, "overloaded"),
         )
         assert error.response.headers["retry-after"] == "2"
-        one.engine.full, one.engine.first_delay_s = False, 1.0
+        one.engine.full, one.engine.first_delay_s = False, 0.3
+        one.engine.wait_s = 7.2
         first = threading.Thread(target=scripts.ask, args=(client, scripts.SAY))
         first.start()
         eventually(lambda: one.app.board.waiting == 1)
-        told(
+        error = told(
             lambda: scripts.ask(client, scripts.SAY),
             *(429, "server_overloaded", None, "overloaded"),
         )
+        assert error.response.headers["retry-after"] == "7"
         first.join()
         assert scripts.ask(client, scripts.SAY)
         assert metric(one, "qwen_jax:requests_shed_total", reason="queue_full") == 2
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_refusal_does_not_wait_for_the_body(path, monkeypatch):
+    """Row 27: nothing is read or parsed for it, and the connection goes on."""
+    good = json.dumps({"model": "tiny", "prompt": "say hello"}).encode()
+    with servers.running(script=scripts.SCRIPT) as one:
+        one.engine.full = True
+        with socket.create_connection(("127.0.0.1", one.port), 5) as client:
+            data = servers.post(path, b"{" * 2000)
+            client.sendall(data[:-1000])
+            answer = servers.answer_of(client)
+            want = (429, "server_overloaded", None, "overloaded")
+            assert servers.error_of(answer) == want
+            assert b"retry-after: 2\r\n" in answer
+            one.engine.full = False
+            client.sendall(data[-1000:] + servers.post("/v1/completions", good))
+            assert b"Hello there" in servers.answer_of(client)
+        with monkeypatch.context() as patch:
+            one.engine.full = True
+            patch.setattr(http.json_body, "parse", lambda data: 1 / 0)
+            for size in (10, 100_000):  # small ones are parsed in the loop
+                answer = one.raw(servers.post(path, b"x" * size))
+                assert servers.error_of(answer) == want
+        assert metric(one, "qwen_jax:requests_shed_total", reason="queue_full") == 3
+        # What asks no engine for answers is taken, and so is who asks another engine.
+        assert one.client().embeddings.create(model="tiny", input="x").data
+        other = fake_engine.Engine(one.engine.model, {"x": "from another"})
+        served = dataclasses.replace(
+            one.app.models.get("tiny"), name="other", engine=other
+        )
+        one.app.models.put(served)
+        made = one.client().completions.create(model="other", prompt="x")
+        assert made.choices[0].text == "from another"
+        assert servers.error_of(one.raw(servers.post("/v1/completions", good))) == want
+        other.close()
 
 
 def test_a_model_that_is_being_loaded():
@@ -368,6 +406,10 @@ def test_metrics():
         assert metric(one, done, finished_reason="stop", **name) == 1
         first = of + "time_to_first_token_seconds_count"
         assert metric(one, first, **name) == 3
+        for more, each_s in (("queue", 0.25), ("prefill", 0.5)):
+            times = f"{of}request_{more}_time_seconds"
+            assert metric(one, times + "_count", **name) == 3
+            assert metric(one, times + "_sum", **name) == 3 * each_s
         for more in ("request_prompt_tokens", "request_generation_tokens"):
             assert metric(one, f"{of}{more}_count", **name) == 3
         between = metric(one, of + "inter_token_latency_seconds_count", **name)

@@ -69,6 +69,30 @@ def client(running):
     return running.client(timeout=60)
 
 
+def test_times_of_queue_and_prefill(running, client):
+    """What Prometheus is told of a request is within what its client saw."""
+    before, begun_s = sums(running), time.monotonic()
+    client.completions.create(model=servers.NAME, prompt=PROMPT, max_tokens=3)
+    took_s = time.monotonic() - begun_s
+    more = {name: x - before.get(name, 0.0) for name, x in sums(running).items()}
+    of = "qwen_jax:request_{}_time_seconds_"
+    assert more[of.format("queue") + "count"] == 1
+    assert more[of.format("prefill") + "count"] == 1
+    queue_s = more[of.format("queue") + "sum"]
+    prefill_s = more[of.format("prefill") + "sum"]
+    first_s = more["qwen_jax:time_to_first_token_seconds_sum"]
+    assert 0 <= queue_s < queue_s + prefill_s <= first_s <= took_s
+
+
+def sums(running):
+    """Sums and counts of /metrics."""
+    lines = running.app.told.text().decode().splitlines()
+    pairs = [line.rpartition(" ") for line in lines if line[0] != "#"]
+    ends = ("_sum", "_count")
+    names = [(x.partition("{")[0], float(value)) for x, _, value in pairs]
+    return {name: value for name, value in names if name.endswith(ends)}
+
+
 def test_answers_are_the_models_own(running, client):
     """Greedy ids of the whole forward pass, computed here, are the text of clients."""
     words, ids = running.engine.tokenizer, running.engine.tokenizer.encode(PROMPT)
