@@ -10,7 +10,7 @@ looks at no more than `longest` letters. Text is plain text of `guard_text`: dig
 
 Deviations: payment cards need a prefix of a known issuer and one of the usual
 groupings; IPv4 and IPv6 only global addresses, which may point at a person.
-Invariants: whether something begins at a place depends on the letter before it, on
+Invariants: whether something begins at a place depends on BEFORE letters before it, on
 `longest` letters from it, and on MARGIN after them; and on nothing beyond the first
 letter that `other` matches.
 """
@@ -24,7 +24,7 @@ import json
 import re
 from collections.abc import Callable
 
-MARGIN = 2  # letters beyond a find that are looked at
+BEFORE, MARGIN = 2, 2  # letters before and beyond a find that are looked at
 
 # Letters and digits of an IBAN, by country.
 IBAN_LENGTH = {
@@ -168,11 +168,12 @@ def _whole(pattern: str, check: Callable[[str], bool] = bool):
 
 def _detector(
     before: str, first: str, more: str, width: int, find: Callable, longest: int,
-    letters: str,
+    letters: str, *, no_fraction: bool = False,
 ) -> Detector:  # fmt: skip
     """before: letters that may not stand before `first`; more: what follows it;
-    letters: the alphabet."""
-    begins = f"(?<![{before}]){first}"
+    letters: the alphabet; no_fraction: digits as of 0.186 or =.186 are none."""
+    behind = r"(?!(?<=[\d =,(\[]\.)\d)" if no_fraction else ""
+    begins = f"(?<![{before}]){behind}{first}"
     return Detector(
         re.compile(begins, re.ASCII),
         re.compile(begins + more, re.ASCII),
@@ -210,6 +211,7 @@ DETECTORS = {
         _whole(r"(?:\+?86[ -]?)?1[3-9]\d[ -]?\d{4}[ -]?\d{4}(?!\d)"),
         17,
         "0-9+ -",
+        no_fraction=True,
     ),
     "phone": _detector(
         r"\w+",
@@ -237,6 +239,7 @@ DETECTORS = {
         _whole(r"[1-9]\d{16}[\dXx](?![\dA-Za-z])", chinese_id),
         18,
         "0-9A-Za-z",
+        no_fraction=True,
     ),
     "us_ssn": _detector(
         r"\d-",
@@ -247,7 +250,9 @@ DETECTORS = {
         11,
         "0-9-",
     ),
-    "card": _detector(r"\d", "[2-6]", r"\d{3}", 4, _card, 23, "0-9 -"),
+    "card": _detector(
+        r"\d", "[2-6]", r"\d{3}", 4, _card, 23, "0-9 -", no_fraction=True
+    ),
     "iban": _detector(_ALNUM, "[A-Za-z]", r"[A-Za-z]\d\d", 4, _iban, 66, f"{_ALNUM} "),
     "ipv4": _detector(
         r"\w.",

@@ -301,9 +301,10 @@ class Scan:
 
     def _let_go(self) -> None:
         text = self._text
-        keep = min(self._begins, default=len(text.plain)) - 1  # one is looked back at
+        begin = min(self._begins, default=len(text.plain))
+        keep = begin - guard_pii.BEFORE
         if keep > 0:
-            self._begins = [begin - keep for begin in self._begins]
+            self._begins = [one - keep for one in self._begins]
             self._text = guard_text.Folded(
                 text.plain[keep:], text.low[keep:], text.origin[keep:]
             )

@@ -129,6 +129,12 @@ PEM = "-----BEGIN RSA PRIVATE KEY-----"
         ("call 13800138000 now", ("chinese_mobile", "13800138000")),
         ("电话138-0013-8000", ("chinese_mobile", "138-0013-8000")),
         ("+86 138 0013 8000", ("chinese_mobile", "+86 138 0013 8000")),
+        ("Tel.13912345678", ("chinese_mobile", "13912345678")),
+        ("电话.139 1234 5678", ("chinese_mobile", "139 1234 5678")),
+        ("1.+8613912345678", ("chinese_mobile", "+8613912345678")),
+        ("mine...13912345678", ("chinese_mobile", "13912345678")),
+        ("At home. 13912345678.", ("chinese_mobile", "13912345678")),
+        ("visa.4111111111111111", ("card", "4111111111111111")),
         ("+49 (30) 901820 ok", ("phone", "+49 (30) 901820")),
         ("(212) 555-0142", ("us_phone", "(212) 555-0142")),
         ("ssn 219-09-9999", ("us_ssn", "219-09-9999")),
@@ -163,6 +169,8 @@ def test_a_json_web_token():
         "std::vector<int> a = b[1]; x@y; user@localhost",
         "my sk-learn-pipeline-with-a-long-name and task-oriented work",
         "the order number is 1234567890123456",
+        "0.18626220032, -3.13912345678e-5, x=.13912345678 and ( .13912345678)",
+        "0.4111111111111111 and 7.411010519491231002 and 0.11010519491231002X",
         "a serial 110105194912310021",
         "the previous instructions were good; I cannot ignore them",
         "ignorexprevious instructions, signore previous instructionsx",
@@ -348,6 +356,23 @@ def short(tmp_path_factory):
 def test_in_parts_as_whole_with_short_rules(short, text, data):
     cuts = cuts_of(data, text, 40)
     same_in_parts(guard_rules.RuleChecker(short), short.response, text, cuts)
+
+
+def test_digits_of_a_fraction_are_no_number_wherever_the_text_is_cut(tmp_path):
+    """Two letters are looked back at, also when all before them was let go."""
+    detectors = [{"name": "chinese_mobile", "category": "pii", "level": "unsafe"}]
+    path = tmp_path / "mobile.json"
+    path.write_text(json.dumps({"detectors": detectors}))
+    matchers = guard_rules.load(str(path))
+    checker = guard_rules.RuleChecker(matchers)
+    for text, count in ((f"{'x' * 40} 0.18626220032 {'x' * 40}", 0), ("Tel.", 1)):
+        text += "13912345678" * count
+        for cut in range(len(text)):
+            same_in_parts(checker, matchers.response, text, [cut])
+            same_in_parts(checker, matchers.response, text, [cut, cut + 1])
+        letters = list(range(1, len(text)))
+        same_in_parts(checker, matchers.response, text, letters)
+        assert len(checker.response([], text).spans) == count
 
 
 def test_white_space_over_a_border_is_one_space():
