@@ -35,8 +35,8 @@ from qwen_jax.serve import admin, device, engine, gate, guard, http, listening
 from qwen_jax.serve import served as served_lib
 
 # The engine's thread holds the interpreter whenever it may. What else is to be done,
-# such as a refusal, takes a few turns, each of which waits as long as this: at CPython's
-# 5 ms, p95 of refusals at 5 times the capacity was 73 ms.
+# such as a refusal, takes a few turns, each of which waits as long as this. At 5 ms,
+# CPython's own, p95 of refusals at 5 times the capacity was 73 ms.
 SWITCH_S = 0.0005
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 GRACE_S = 30.0  # of an engine whose name another one got

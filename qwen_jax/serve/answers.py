@@ -148,13 +148,15 @@ def _both(first: Step, second: Step) -> Step:
 
 
 def usage(flight: flight_lib.Flight, reasoning: int | None = None) -> dict[str, Any]:
-    """Tokens of one request: its prompt once, all its answers."""
+    """Tokens of one request: its prompt once, all its answers, as far as they came."""
     of = list(flight.usage.values())
     prompt = max((u.prompt for u in of), default=len(flight.request.prompt))
     cached = min((u.cached for u in of), default=0)
     made: dict[str, Any] = {
         "prompt_tokens": prompt,
-        "completion_tokens": sum(u.answer for u in of) if of else flight.answer_ids,
+        "completion_tokens": sum(u.answer for u in of)
+        if len(of) == flight.request.n
+        else flight.answer_ids,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
     made["total_tokens"] = prompt + made["completion_tokens"]

@@ -127,7 +127,9 @@ class Chat:
         choice = {"index": i, "delta": delta, "finish_reason": finish}
         choice["logprobs"] = self._listed(logprobs) if logprobs else None
         made = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
-        return made | {"usage": None} if self._wanted.include_usage else made
+        if not self._wanted.include_usage:
+            return made
+        return made | {"usage": self._usage() if self._wanted.usage_so_far else None}
 
     def _listed(self, logprobs: list[dict]) -> dict[str, Any] | None:
         if self._wanted.logprobs is None:

@@ -116,8 +116,10 @@ class Completion:
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """The choices as they come."""
-        usage = {"usage": None} if self._wanted.include_usage else {}
+        usage: dict[str, Any] = {"usage": None} if self._wanted.include_usage else {}
         async for choice in self._choices():
+            if self._wanted.usage_so_far:
+                usage = {"usage": self._usage()}
             yield {**self._head, "choices": [choice], **usage}
         if self._wanted.include_usage:
             yield {**self._head, "choices": [], "usage": self._usage()}

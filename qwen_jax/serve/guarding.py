@@ -6,7 +6,11 @@ What the guard blocks is not answered (400 content_filter), or ends there (finis
 become part of a finding is kept back (`hold`), and so are the log-probabilities of what
 is kept back, which would tell it.
 
-Formats: /v1/moderations answers as `guard.moderation_results` has it.
+Clients made for DashScope ask for its inspection with a header; those get its code and
+its words (data_inspection_failed). What is inspected is the server's policy alone.
+
+Formats: X-DashScope-DataInspection: {"input": "cip", "output": "cip"}; /v1/moderations
+answers as `guard.moderation_results` has it.
 Invariants: a guard that raises lets nothing through.
 Raises: errors.ApiError.
 """
@@ -15,11 +19,38 @@ import asyncio
 import uuid
 from typing import Any
 
-from qwen_jax.serve import errors, guard_verdict, metrics, protocol
+from qwen_jax.serve import errors, guard_verdict, json_body, metrics, protocol
 from qwen_jax.serve import guard as guard_lib
 from qwen_jax.serve import request as request_lib
 
+INSPECTION = b"x-dashscope-datainspection"
+SAID = {
+    "content_filter": "The request was refused by the content policy of this server.",
+    "data_inspection_failed": "Input data may contain inappropriate content.",
+}
 Logprobs = tuple[request_lib.Logprob, ...]
+
+
+def code_of(guard: guard_lib.Guard | None, header: bytes | None) -> str:
+    """The code of refusals; header: of INSPECTION, where it was sent.
+
+    Raises:
+      errors.ApiError: 400, what the header asks for cannot be done.
+    """
+    if header is None:
+        return "content_filter"
+    try:
+        asked = json_body.parse(header)
+    except errors.ApiError:
+        asked = {"": ""}
+    name, fits = "X-DashScope-DataInspection", set(asked) <= {"input", "output"}
+    if not fits or any(value != "cip" for value in asked.values()):
+        said = f'Invalid {name}: wanted {{"input": "cip", "output": "cip"}}.'
+        raise errors.invalid(name, "invalid_value", said)
+    if guard is None:
+        said = f"{name}: this server has no guard, so it cannot inspect."
+        raise errors.invalid(name, "invalid_value", said)
+    return "data_inspection_failed"
 
 
 def check_prompt(
@@ -28,11 +59,12 @@ def check_prompt(
     said: str | list[dict[str, Any]],
     param: str,
     request_id: str,
+    code: str = "content_filter",
 ) -> None:
-    """Refuse what the guard blocks.
+    """Refuse what the guard blocks, with a code of SAID.
 
     Raises:
-      errors.ApiError: 400 content_filter.
+      errors.ApiError: 400.
     """
     if guard is None:
         return
@@ -41,8 +73,8 @@ def check_prompt(
     if verdict.action == guard_verdict.BLOCK:
         raise errors.ApiError(
             400,
-            "content_filter",
-            "The request was refused by the content policy of this server.",
+            code,
+            SAID[code],
             param=param,
             type="content_policy_violation",
         )

@@ -255,9 +255,13 @@ class App:
     def _salt(self, scope: Any) -> str:
         return scope["state"]["holder"]
 
+    def _code(self, scope: Any) -> str:
+        """Of refusals by the guard."""
+        return guarding.code_of(self.guard, bodies.header(scope, guarding.INSPECTION))
+
     async def _chat(self, scope: Any, receive: Any) -> Any:
         wanted = await self._body(scope, receive, protocol.chat_request, queued=True)
-        served = self.models.get(wanted.model)
+        served, code = self.models.get(wanted.model), self._code(scope)
 
         def prepared() -> prompts.ChatPrompt:
             made = prompts.of_chat(
@@ -265,7 +269,7 @@ class App:
             )
             said = wanted.given.messages
             name = made.request.id
-            guarding.check_prompt(self.guard, self.told, said, "messages", name)
+            guarding.check_prompt(self.guard, self.told, said, "messages", name, code)
             return made
 
         async def begun(stack: contextlib.AsyncExitStack) -> chat_api.Chat:
@@ -280,7 +284,7 @@ class App:
         wanted = await self._body(
             scope, receive, protocol.completion_request, queued=True
         )
-        served = self.models.get(wanted.model)
+        served, code = self.models.get(wanted.model), self._code(scope)
         request_id = f"cmpl-{uuid.uuid4().hex}"
 
         def prepared() -> list[Any]:
@@ -300,7 +304,8 @@ class App:
                     prompt_logprobs=wanted.logprobs if wanted.echo else None,
                 )
                 said = prompt if text else words.decode(prompt)
-                guarding.check_prompt(self.guard, self.told, said, "prompt", request.id)
+                name = request.id
+                guarding.check_prompt(self.guard, self.told, said, "prompt", name, code)
                 made.append(request)
             return made
 

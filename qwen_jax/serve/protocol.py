@@ -134,6 +134,7 @@ _COMMON: dict[str, fields.Field] = {
         fields.Object(
             {
                 "include_usage": _Field(fields.Flag(), False),
+                "continuous_usage_stats": _Field(fields.Flag(), False),
                 "include_obfuscation": _Field(
                     fields.Only(False, "chunks carry no padding")
                 ),
@@ -266,6 +267,7 @@ class Common:
     ignore_eos: bool
     stream: bool
     include_usage: bool
+    usage_so_far: bool
     logprobs: int | None
     salt: str
 
@@ -314,6 +316,10 @@ def _common(v: dict[str, Any]) -> dict[str, Any]:
     if v["stream_options"] is not None and not v["stream"]:
         raise fields.wrong_value("stream_options", "it with stream=true only", {})
     options = v["stream_options"] or {}
+    usage, so_far = "include_usage", "continuous_usage_stats"
+    if options.get(so_far) and not options[usage]:
+        at = f"stream_options.{so_far}"
+        raise fields.wrong_value(at, f"it with {usage}=true only", True)
     salts = (v["cache_salt"], v.get("prompt_cache_key") or "")
     return {
         "model": v["model"],
@@ -325,7 +331,8 @@ def _common(v: dict[str, Any]) -> dict[str, Any]:
         "stop_ids": tuple(v["stop_token_ids"]),
         "ignore_eos": v["ignore_eos"],
         "stream": v["stream"],
-        "include_usage": options.get("include_usage", False),
+        "include_usage": options.get(usage, False),
+        "usage_so_far": options.get(so_far, False),
         "salt": "\x00".join(salts) if any(salts) else "",
     }
 

@@ -116,6 +116,43 @@ def test_a_server_and_its_end(folder, tmp_path):
         assert not any(os.path.exists(f"/proc/{child}") for child in children)
 
 
+def test_a_full_disk_and_a_hangup(folder):
+    """Row 62: what cannot be told or logged keeps nobody from an answer, and a hangup
+    ends the server as SIGTERM does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [f"--model={folder}", f"--port={port}", "--guard_audit=/dev/full"]
+    with open("/dev/full", "wb") as full:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.serve.serve_fake", "slow", *words],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""},
+            stdout=full,
+            stderr=full,
+        )
+    try:
+        url, status = f"http://127.0.0.1:{port}", 0
+        while status != 200:
+            assert process.poll() is None
+            with contextlib.suppress(httpx.TransportError):
+                status = httpx.get(f"{url}/ready").status_code
+            time.sleep(0.05)
+        how = {"model": "Tiny-0.1", "messages": scripts.SAY, "stream": True}
+        with client_of(f"{url}/v1") as client:
+            stream = client.chat.completions.create(**how)
+            text = next(stream).choices[0].delta.content
+            # Metrics under load, and the hangup.
+            assert "num_requests_running" in httpx.get(f"{url}/metrics").text
+            process.send_signal(signal.SIGHUP)
+            text += "".join(c.choices[0].delta.content or "" for c in stream)
+        assert text == scripts.HELLO
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_without_a_key_only_the_names_of_this_machine_are_answered(folder):
     """A page of another site could have its own name lead here (DNS rebinding)."""
     with started("slow", f"--model={folder}") as one:

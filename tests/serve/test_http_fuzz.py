@@ -33,7 +33,7 @@ BASES = {
             "stop": ["x"],
             "logit_bias": {"5": 1},
             "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         },
         {
             "messages": [

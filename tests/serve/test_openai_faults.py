@@ -251,6 +251,36 @@ def test_prompts_that_the_guard_blocks(guarded):
     assert metric(guarded, name, stage="output", label="safe") == 1
 
 
+def test_clients_of_dashscope(guarded, hermes):
+    """Row 29: who asks for its inspection gets its code, and what cannot be is said."""
+    name = "X-DashScope-DataInspection"
+    both = {name: '{"input": "cip", "output": "cip"}'}
+    client, plain = guarded.client(), hermes.client()
+    error = told(
+        lambda: scripts.ask(client, scripts.user("a bomb"), extra_headers=both),
+        *(400, "content_policy_violation", "messages", "data_inspection_failed"),
+    )
+    assert error.body["message"] == "Input data may contain inappropriate content."
+    how = {"model": "tiny", "extra_headers": {name: '{"input": "cip"}'}}
+    told(
+        lambda: client.completions.create(prompt="a bomb", **how),
+        *(400, "content_policy_violation", "prompt", "data_inspection_failed"),
+    )
+    assert not guarded.engine.seen
+    made = scripts.ask(client, scripts.user("tell"), extra_headers=both).choices[0]
+    assert made.finish_reason == "content_filter"
+    for value in ("", "x", "[]", '{"input": "off"}', '{"input": 1}', '{"in": "cip"}'):
+        told(
+            lambda v=value: scripts.ask(client, scripts.SAY, extra_headers={name: v}),
+            *(400, INVALID, name, "invalid_value"),
+        )
+    error = told(
+        lambda: scripts.ask(plain, scripts.SAY, extra_headers=both),
+        *(400, INVALID, name, "invalid_value"),
+    )
+    assert "no guard" in error.message
+
+
 def test_answers_that_the_guard_blocks(guarded):
     """Not a letter of the word is sent, streamed or not; the engine is stopped."""
     client, guarded.engine.delay_s = guarded.client(), 0.02

@@ -195,6 +195,29 @@ def test_usage_of_streams(client):
     assert all(c.usage is None for c in scripts.streamed(client, scripts.SAY))
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_usage_so_far(client, n):
+    """As vLLM has it: every chunk tells the tokens up to it, so that who stops an
+    answer knows what it took."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = scripts.streamed(client, scripts.SAY, n=n, stream_options=options)
+    counts = [c.usage.completion_tokens for c in chunks]
+    last = chunks[-1].usage
+    assert counts == sorted(counts) and counts[0] == 0 and len(set(counts)) > 5
+    assert counts[-2] == counts[-1] == last.completion_tokens
+    assert {c.usage.prompt_tokens for c in chunks} == {last.prompt_tokens}
+    assert {c.usage.total_tokens - c.usage.completion_tokens for c in chunks} == {
+        last.prompt_tokens
+    }
+    how = {"model": "tiny", "prompt": "say hello", "stream": True, "n": n}
+    made = list(client.completions.create(**how, stream_options=options))
+    counts = [c.usage.completion_tokens for c in made]
+    assert counts == sorted(counts) and 0 < counts[0] < counts[-1]
+    with pytest.raises(openai.BadRequestError) as caught:
+        list(client.completions.create(**how, stream_options={list(options)[1]: True}))
+    assert caught.value.param == "stream_options.continuous_usage_stats"
+
+
 class Person(pydantic.BaseModel):
     name: str
     age: int

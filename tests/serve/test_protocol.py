@@ -127,6 +127,7 @@ def test_defaults():
         "ignore_eos": False,
         "stream": False,
         "include_usage": False,
+        "usage_so_far": False,
         "logprobs": None,
         "salt": "",
         "given": None,

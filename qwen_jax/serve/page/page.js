@@ -170,7 +170,7 @@ function bodyOf(turn) {
   }
   messages.push({ role: "user", content: turn.asked });
   const body = { model: at("model").value, messages, stream: true };
-  body.stream_options = { include_usage: true };
+  body.stream_options = { include_usage: true, continuous_usage_stats: true };
   for (const name of SAMPLING) {
     if (at(name).value !== "") body[name] = Number(at(name).value);
   }
@@ -229,12 +229,12 @@ async function answer(turn) {
 function figures({ sent, first, last, usage, end }) {
   const count = (n) => `${n.toLocaleString("en")} token${n === 1 ? "" : "s"}`;
   const said = [];
-  if (usage) {
+  if (usage && first) {
     const thought = usage.completion_tokens_details?.reasoning_tokens;
     const took_s = (last - sent) / 1000;
     const rate = (usage.completion_tokens / took_s).toFixed(1);
     said.push(count(usage.completion_tokens) + (thought ? ` (${thought} of thinking)` : ""));
-    if (last) said[0] += ` in ${took_s.toFixed(2)} s, ${rate} tokens/s`;
+    said[0] += ` in ${took_s.toFixed(2)} s, ${rate} tokens/s`;
   }
   if (first) said.push(`first token after ${Math.round(first - sent)} ms`);
   if (usage) {
