@@ -105,11 +105,11 @@ def run(
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     there = f"http://{shown}:{port}"
-    print(f"listening at {there}/v1, loading {name}", flush=True)
-    print(f"to chat in a browser: {there}/", flush=True)
+    say(f"listening at {there}/v1, loading {name}")
+    say(f"to chat in a browser: {there}/")
     if app.admin is not None:
         admin_port = sockets[1].getsockname()[1]
-        print(f"to load others: 127.0.0.1:{admin_port}/admin/load", flush=True)
+        say(f"to load others: 127.0.0.1:{admin_port}/admin/load")
     first.thread.start()
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
         signal.signal(signal.SIGHUP, server.handle_exit)
@@ -217,7 +217,7 @@ class _First:
             self._error = error
             self._server.should_exit = True
             raise SystemExit from error  # ends this thread without a word
-        print(f"{self._name} is ready after {told['seconds']:.1f} s", flush=True)
+        say(f"{self._name} is ready after {told['seconds']:.1f} s")
 
     def end(self) -> int:
         """What is left when the server is gone: engines, or why there is none.
@@ -227,13 +227,23 @@ class _First:
         """
         if self.thread.is_alive():
             # It compiles or reads files and cannot be stopped; nothing is to be saved.
-            sys.stdout.flush()
             os._exit(0)
         if self._error is not None:
             raise self._error
         self._loader.close()
-        print("ended", flush=True)
+        if not say("ended"):
+            sys.stdout = None  # else its last flush fails, and with it the exit code
         return 0
+
+
+def say(text: str) -> bool:
+    """Whether a line could be told. What could not, as on a full disk, comes with the
+    next line that can, and ends no server."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        return False
+    return True
 
 
 def guard_of(args: argparse.Namespace) -> guard.Guard | None:
