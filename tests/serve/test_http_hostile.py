@@ -1,6 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes that no honest client sends: each is answered by name, soon, in little memory,
-and the requests of others are answered as before."""
+and the requests of others are answered as before.
+
+Rows of the list of bad inputs, by number; names without a file are of this one:
+1-11 json. 12 packed_bodies. 13 a_body_without_end. 14-15 lengths_that_lie. 16 headers.
+17 slow_clients. 18 idle_connections; test_http_limits: ten_thousand_connections.
+19 paths. 20 verbs_and_upgrades. 21-32 parameters; 30 integers_of_any_size; 31 also
+test_engine: penalties_biases_and_logprobs. 33-40 test_grammar: schemas_that_cannot_be,
+schemas_that_look_dear_are_not; test_openai_bad: schemas, schemas_that_are_not_there.
+41 test_openai_bad: tools; test_openai_tools: a_tool_of_any_name.
+42 answers_that_imitate_calls. 43 test_openai_bad: unknown_fields.
+44 test_openai_bad: settings_of_templates. 45-46 test_http_limits:
+templates_that_misbehave. 47-48 control_tokens_in_texts. 49-50 long_texts.
+51-52 test_openai_bad: images; tests/data/test_image: bad_pictures_are_named.
+53-54 tests/models/test_safetensors: a_file_that_lies_is_named, names_are_never_paths.
+55 tests/models/test_gguf_file: a_file_that_lies_is_refused, ten_thousand_times.
+56 tests/models/test_config_json. 57 tests/data/test_tokenizer: bad_files. 58 none, for
+there are no adapters yet. 59 tests/checkpoint/test_damage, without links that lead out.
+60 test_openai_bad: keys; test_http_limits: wrong_keys_take_the_same_time.
+61 test_openai_faults: what_the_log_has. 62 test_command: a_full_disk_and_a_hangup;
+test_guard: a_full_disk, a_line_that_was_cut; many_at_once.
+"""
 
 import concurrent.futures
 import gzip
@@ -29,10 +49,16 @@ def server():
         yield one
 
 
+@pytest.fixture(scope="module")
+def other(server):
+    """One for all tests: making a client takes longer than most of them."""
+    return server.client()
+
+
 @pytest.fixture(autouse=True)
-def others(server):
+def others(other):
     """Another client, before, after and all the while."""
-    client = server.client()
+    client = other
     stream = scripts.ask(client, scripts.SAY, stream=True)
     begun_s = time.monotonic()
     yield

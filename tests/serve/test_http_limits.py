@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad inputs that need a server of their own: templates of a model that go beyond all
-bounds, and ten thousand connections."""
+"""Templates of a model that go beyond all bounds, ten thousand connections, a hundred
+thousand wrong keys."""
 
 import contextlib
 import dataclasses
 import resource
 import socket
+import statistics
 import threading
 import time
 
 import httpx
 import pytest
 
+from qwen_jax.serve import errors, gate
 from tests.data import chat_templates, test_chat
 from tests.serve import fake_engine, scripts, servers
 
@@ -108,3 +110,25 @@ def test_ten_thousand_connections():
         assert httpx.get(f"{one.url}/health").status_code == 200
         made = scripts.ask(client, scripts.SAY)
         assert made.choices[0].message.content == scripts.HELLO
+
+
+@pytest.mark.slow
+def test_wrong_keys_take_the_same_time():
+    """Row 60: wrong from the first letter on or only in the last, the time tells
+    nothing of how far a key is right."""
+    right = "sk-" + "0123456789abcdef" * 4
+    keys = gate.Keys([right, "sk-another-0123456789"])
+    wrong = [
+        f"Bearer {right[:n]}x{right[n + 1 :]}".encode()
+        for n in range(0, len(right), 13)
+    ]
+    took_ns = [[] for _ in wrong]
+    for i in range(100_000):
+        at = i % len(wrong)
+        begun_ns = time.perf_counter_ns()
+        with contextlib.suppress(errors.ApiError):
+            keys.holder(wrong[at])
+            raise AssertionError("a wrong key was taken")
+        took_ns[at].append(time.perf_counter_ns() - begun_ns)
+    middle = [statistics.median(times) for times in took_ns]
+    assert max(middle) / min(middle) < 1.05, middle

@@ -3,6 +3,16 @@
 
 Most go through the official SDK, so the error is what its users meet; what the SDK
 itself would not send goes by hand.
+
+Rows of the table of errors, by number:
+1 keys. 2 models_that_are_not_there. 3-4 routes_and_methods. 5 bodies_of_another_type,
+bodies_that_are_no_object. 6 bodies_that_are_too_large. 7 bodies_that_are_too_deep.
+8 what_must_be_there. 9-10 messages. 11-15, 17-20, 25 values. 12 also
+numbers_that_are_not_finite. 16 contexts. 21 unknown_fields. 22 schemas. 23 tools.
+24 images. 26-31 test_openai_faults: rate_limits, a_full_queue,
+a_model_that_is_being_loaded, prompts_that_the_guard_blocks, clients_of_dashscope,
+faults, faults_in_a_stream; 28 also the_end. 32-33 test_http_hostile: headers,
+slow_clients.
 """
 
 import base64

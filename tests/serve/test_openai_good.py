@@ -3,6 +3,15 @@
 
 Penalties, samplers and speeds are the engine's and tested there; here they must reach
 it, whole and unchanged.
+
+Rows of the table of what must work, by number:
+1 models. 2 chat. 3 max_tokens. 4 stop. 5 seed_and_temperature. 6 several_answers.
+7 logprobs. 8 logit_bias. 9 sampling_reaches_the_engine. 10 stream. 11 usage_of_streams.
+12 answers_of_a_form. 13-16 test_openai_tools: tools, streamed_tools,
+a_round_with_a_tool, thinking. 17 completions, suffix_is_refused. 18 embeddings.
+19 pictures_for_a_model_without_eyes. 20 roles_and_parts. 21 cached_tokens.
+22 test_openai_faults: moderations. 23 responses_are_honestly_not_there. 24 raw_answers.
+25 test_openai_faults and test_real_server: clients_that_hang_up.
 """
 
 import base64

@@ -75,6 +75,19 @@ def test_calls_that_must_be(request, which, choice, name):
             assert isinstance(arguments["place"], str)
 
 
+@pytest.mark.parametrize("name", ["__class__", "constructor", "-", "x" * 64])
+def test_a_tool_of_any_name(client, hermes, name):
+    """A name is a name: nothing is looked up by it."""
+    call = json.dumps({"name": name, "arguments": {"a": 1}})
+    hermes.engine.script["odd"] = f"<tool_call>\n{call}\n</tool_call>"
+    tool = {"type": "function", "function": {"name": name}}
+    made = scripts.ask(client, scripts.user("odd"), tools=[tool]).choices[0]
+    assert made.finish_reason == "tool_calls"
+    (found,) = made.message.tool_calls
+    assert found.function.name == name
+    assert json.loads(found.function.arguments) == {"a": 1}
+
+
 def test_one_call_only(client, hermes):
     """Row 13: parallel_tool_calls=false ends the answer after one call."""
     how = {"tools": [scripts.WEATHER], "parallel_tool_calls": False}
