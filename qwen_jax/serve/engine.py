@@ -38,11 +38,10 @@ from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.serve import answer as answer_lib
 from qwen_jax.serve import device as device_lib
-from qwen_jax.serve import programs, scheduler
+from qwen_jax.serve import pace, programs, scheduler
 from qwen_jax.serve import request as request_lib
 
 Tell = Callable[[request_lib.Piece], None]
-LATE = 0.2  # weight of the newest in what is known of late
 log = logging.getLogger(__name__)
 
 
@@ -103,10 +102,7 @@ class Engine:
         self._calls = itertools.count()  # of `generate`, which may be called at once
         self.steps = 0
         self.plan_s = self.busy_s = 0.0  # in the scheduler, in steps at all
-        # Of late: seconds and tokens of steps that have a piece of a prompt, seconds
-        # between two ends of rows while all slots are taken.
-        self._piece_s = self._piece_tokens = self._end_s = 0.0
-        self._ended_s: float | None = None
+        self._pace = pace.Pace(self.settings.rows)
         self._pieced = 0  # tokens of prompts in the step that is being made
         self._empty()
 
@@ -160,7 +156,7 @@ class Engine:
 
     def _refusal(self, n: int) -> Overloaded | None:
         waiting, settings = len(self._new) + len(self._scheduler.waiting), self.settings
-        wait_s = self._expected_s(n)
+        wait_s = self._wait_s(n)
         if waiting >= settings.max_waiting or 0 < settings.max_wait_s < wait_s:
             return Overloaded(waiting, retry_after_s=wait_s)
         return None
@@ -186,19 +182,10 @@ class Engine:
         if request.stop and self.tokenizer is None:
             raise config.InputError("stop texts need an engine with a tokenizer")
 
-    def _expected_s(self, n: int) -> float:
-        """Seconds that a new request of n answers waits for others, as of late: their
-        prompts, and rows that have to end before it has slots. 0 where nothing is
-        before it, whatever was measured, so that it cannot stay above a limit."""
-        plan = self._scheduler
-        tokens = self._pieced + sum(len(one.prompt) for one, _ in self._new)
-        tokens += sum(row.wanted - row.length for row in plan.waiting)
-        tokens += sum(row.wanted - row.length for row in plan.running)
-        rows = sum(one.n for one, _ in self._new)
-        rows += len(plan.waiting) + len(plan.running)
-        ends = max(0, rows + min(n, self.settings.rows) - self.settings.rows)
-        token_s = self._piece_s / self._piece_tokens if self._piece_tokens else 0.0
-        return tokens * token_s + ends * self._end_s
+    def _wait_s(self, n: int) -> float:
+        plan, new = self._scheduler, [request for request, _ in self._new]
+        rows = [*plan.running, *plan.waiting]
+        return self._pace.wait_s(n, computing=self._pieced, new=new, rows=rows)
 
     def _check_ids(self, ids: Sequence[int], name: str) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self.spec.vocab_size:
@@ -275,7 +262,7 @@ class Engine:
                 prefix_found=plan.found,
                 preempted=plan.preempted,
                 compiled=device_lib.compiled(),
-                wait_s=self._expected_s(1),
+                wait_s=self._wait_s(1),
             )
 
     def generate(
@@ -391,9 +378,7 @@ class Engine:
                 took_s = self._clock() - began
                 self.busy_s += took_s
                 if self._pieced:
-                    # Apart, as a piece of one token takes as long as one of many.
-                    self._piece_s += LATE * (took_s - self._piece_s)
-                    self._piece_tokens += LATE * (self._pieced - self._piece_tokens)
+                    self._pace.stepped(took_s, self._pieced)
                     self._pieced = 0
 
     def _step(self) -> bool:
@@ -457,8 +442,9 @@ class Engine:
         for name in self._cancelled:
             for row in self._scheduler.rows(lambda row, n=name: row.request.id == n):
                 self._end(row, request_lib.CANCELLED)
-        for request in [one for one in self._new if one.id in self._cancelled]:
-            self._new.remove(request)
+        for item in [one for one in self._new if one[0].id in self._cancelled]:
+            self._new.remove(item)
+            request = item[0]
             for index in range(request.n):
                 row = scheduler.Row(request, index, self._device.table_pages)
                 self._end(row, request_lib.CANCELLED)
@@ -556,10 +542,7 @@ class Engine:
         """The last piece of a row, with the lock held."""
         if row.slot >= 0:
             full = len(self._scheduler.running) == self.settings.rows
-            now_s, before_s = self._clock(), self._ended_s
-            if full and before_s is not None:
-                self._end_s += LATE * (now_s - before_s - self._end_s)
-            self._ended_s = now_s if full else None
+            self._pace.ended(self._clock(), full)
         self._scheduler.end(row)
         said = len(row.ids) - len(row.request.prompt)
         usage = request_lib.Usage(len(row.request.prompt), row.cached, said)

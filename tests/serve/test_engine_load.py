@@ -118,7 +118,7 @@ def test_times_of_queue_and_prefill():
 def test_a_request_that_would_wait_too_long_is_refused_at_once():
     one, _, _ = made(max_wait_s=1.0)
     # 10 ms for a token of a prompt, 300 ms from one end of a row to the next.
-    one._piece_s, one._piece_tokens, one._end_s = 0.3, 30.0, 0.3
+    one._pace.piece_s, one._pace.piece_tokens, one._pace.end_s = 0.3, 30.0, 0.3
     one.submit(asked("a", 40), ignore)  # waits for nobody
     assert one.load().wait_s == pytest.approx(0.4)
     one.submit(asked("b", 40), ignore)  # 0.4 s
@@ -128,20 +128,20 @@ def test_a_request_that_would_wait_too_long_is_refused_at_once():
         one.submit(asked("d", 40), ignore)
     assert refused.value.retry_after_s == pytest.approx(1.2)
     assert one.refusal().retry_after_s == pytest.approx(1.2)
-    one._piece_s = 0.03
+    one._pace.piece_s = 0.03
     one.submit(asked("e", 40), ignore)  # four rows
     assert one.refusal() is None  # one more answer would have to wait for one end
     with pytest.raises(engine.Overloaded) as refused:
         one.submit(asked("f", 40, n=4), ignore)
     assert refused.value.retry_after_s == pytest.approx(0.16 + 4 * 0.3)
     finish(one)
-    assert one._end_s > 0
+    assert one._pace.end_s > 0
 
 
 def test_nobody_is_refused_where_nobody_is_before_him():
     """Whatever was measured before, and however many answers are wanted."""
     one, _, _ = made(max_wait_s=1.0)
-    one._piece_s = one._piece_tokens = one._end_s = 1e6
+    one._pace.piece_s = one._pace.piece_tokens = one._pace.end_s = 1e6
     for n in (1, 4, 16):
         assert one.refusal() is None
         one.submit(asked(n, 8, n=n), ignore)
@@ -173,7 +173,7 @@ def test_the_piece_that_is_being_computed_counts():
 
 def test_a_full_queue_tells_when_to_come_again():
     one, _, _ = made(max_waiting=2)
-    one._piece_s, one._piece_tokens = 1.0, 10.0
+    one._pace.piece_s, one._pace.piece_tokens = 1.0, 10.0
     one.submit(asked("a", 20), ignore)
     one.submit(asked("b", 20), ignore)
     with pytest.raises(engine.Overloaded) as refused:
