@@ -437,6 +437,7 @@ BENCHES = {
     "engine": "the serving engine beside a decoding loop by hand",
     "answer": "a real model's answers, beside other programs with --peers",
     "load": "weights from safetensors beside a plain read of the files",
+    "guard": "a guard's head at the end of a decoding step",
     "pages": "ways to cut memory into pages, on long-tailed traces (no time)",
     "serve": "load on an OpenAI-compatible server: first tokens, rates, limits",
 }
