@@ -402,6 +402,26 @@ def test_an_overload_is_refused(server, engine):
     assert len(notes) == 3 and len(found["bars"]) == 3
 
 
+def test_what_is_refused_is_sent_again_where_capacity_is_measured(server, engine):
+    """Each request is answered in the end, and nothing is sent twice at a time."""
+
+    async def go(again):
+        client = serve_load.Client(f"{server.url}/v1", servers.NAME)
+        engine.full = True
+        asyncio.get_running_loop().call_later(0.12, setattr, engine, "full", False)
+        try:
+            todo = serve_load.asks(work(4))
+            return await serve_load.run(client, todo, most=2, again=again)
+        finally:
+            await client.close()
+
+    seen = len(engine.seen)
+    sent = asyncio.run(go(True)).sent
+    assert [one.status for one in sent] == ["ok"] * 4 and len(engine.seen) == seen + 4
+    assert min(one.sent_s for one in sent[:2]) >= 0.1
+    assert "429" in [one.status for one in asyncio.run(go(False)).sent]
+
+
 def drained(**how):
     figures = {
         "streams": 3,

@@ -9,7 +9,6 @@ the prompt and the seed, so the same request is answered the same.
 
 import dataclasses
 import pathlib
-import queue
 import threading
 import time
 from typing import Any
@@ -73,7 +72,7 @@ class Engine:
         self.cancelled: list[str] = []
         self.cached, self.wait_s = 0, 0.0
         self._jobs: dict[str, _Job] = {}
-        self._come: queue.Queue = queue.Queue()
+        self._wake = threading.Event()
         self._lock = threading.Lock()
         self._closing = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -92,6 +91,7 @@ class Engine:
         with self._lock:
             self.seen.append(request)
             self._jobs[request.id] = _Job(self, request, tell)
+        self._wake.set()
         return 0
 
     def refusal(self):
@@ -120,6 +120,7 @@ class Engine:
 
     def close(self, timeout_s=None):
         self._closing = True
+        self._wake.set()
         self._thread.join(5)
 
     def _run(self):
@@ -130,7 +131,11 @@ class Engine:
                 if job.step():
                     with self._lock:
                         self._jobs.pop(job.request.id, None)
-            time.sleep(self.delay_s if jobs and self.delay_s else 0.0005)
+            if jobs:
+                time.sleep(self.delay_s or 0.0005)
+            else:
+                self._wake.wait(0.2)
+                self._wake.clear()
 
 
 class _Job:

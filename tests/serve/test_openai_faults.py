@@ -31,8 +31,8 @@ def told(call, *wanted):
 
 def metric(server, name, **labels):
     """A sample of /metrics; 0 where it is not there."""
-    client = httpx.Client(headers={"authorization": "Bearer sk-test-0123456789"})
-    with client:
+    key = {"authorization": "Bearer sk-test-0123456789"}
+    with httpx.Client(headers=key, verify=servers.NO_TLS) as client:
         text = client.get(f"{server.url}/metrics").text
     wanted = {f'{k}="{v}"' for k, v in labels.items()}
     for line in text.splitlines():
@@ -226,7 +226,8 @@ class Listener:
 @pytest.fixture()
 def guarded():
     words = Words()
-    script = {"tell": "First you take a bomb and then", "fine": "All is well, bo"}
+    tail = " and then" * 30  # time enough to stop the engine before it is done
+    script = {"tell": f"First you take a bomb{tail}", "fine": "All is well, bo"}
     with servers.running(script=script, guard=guard.Guard([words])) as one:
         one.words = words
         yield one
@@ -385,8 +386,8 @@ def test_faults_in_a_stream():
 
 def test_streams_are_kept_alive():
     """Comments while nothing comes; the SDK does not see them."""
-    with servers.running(script=scripts.SCRIPT, ping_s=0.1) as one:
-        one.engine.first_delay_s = 0.7
+    with servers.running(script=scripts.SCRIPT, ping_s=0.05) as one:
+        one.engine.first_delay_s = 0.35
         body = {"model": "tiny", "messages": scripts.SAY, "stream": True}
         answer = httpx.post(f"{one.url}/v1/chat/completions", json=body)
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -465,7 +466,7 @@ def test_the_end(rest):
     with servers.running(script=scripts.SCRIPT, shutdown_s=shutdown_s) as one:
         client = one.client()
         assert scripts.ask(client, scripts.SAY)  # its connection stays
-        one.engine.delay_s = 0.1
+        one.engine.delay_s = 0.05
         stream = scripts.ask(client, scripts.SAY, stream=True)
         text = next(stream).choices[0].delta.content
         one.server.drain()
