@@ -38,7 +38,7 @@ from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.serve import answer as answer_lib
 from qwen_jax.serve import device as device_lib
-from qwen_jax.serve import programs, scheduler
+from qwen_jax.serve import images, programs, scheduler
 from qwen_jax.serve import request as request_lib
 
 Tell = Callable[[request_lib.Piece], None]
@@ -168,6 +168,8 @@ class Engine:
                 f"{request.max_tokens} pass the {self.max_tokens} that fit here"
             )
         self._check_ids(request.prompt, "the prompt")
+        held = self.settings.images, self.settings.image_patches
+        images.check(self.spec, request.prompt, request.images, *held)
         self._check_ids(tuple(request.logit_bias), "logit_bias")
         if request.stop and self.tokenizer is None:
             raise config.InputError("stop texts need an engine with a tokenizer")
@@ -421,9 +423,10 @@ class Engine:
         # While weights are to come, what is new waits for them.
         while self._new and self._swap is None:
             request = self._new.popleft()
+            laid = images.lay(self.spec, request.prompt, request.images)
             for index in range(request.n):
                 row = scheduler.Row(request, index, self._device.table_pages)
-                stop_ids = request.stop_ids
+                row.laid, stop_ids = laid, request.stop_ids
                 stop_ids = self.stop_ids if stop_ids is None else stop_ids
                 try:
                     row.answer = answer_lib.Answer(request, stop_ids, self.tokenizer)
