@@ -142,6 +142,7 @@ class Loader:
         begun_s, version = time.monotonic(), version_of(path)
         model = talk.load_model(path, self._dtype, lay_out=False)
         bare = dataclasses.replace(model, params=None)  # the engine has its own
+        _ = bare.sees  # a folder that does not say how is refused now
         before = self._models.find(name)
         if before is not None and _alike(before.model, model):
             # Written down before an answer can ask for it.

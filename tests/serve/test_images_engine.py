@@ -7,10 +7,12 @@ at a time; for features its vision tower, without padding.
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
-from qwen_jax import config, models
+from qwen_jax import config, mesh, models, params
+from qwen_jax.models import decoder
 from qwen_jax.serve import device, engine, images
 from qwen_jax.serve import request as request_lib
 from tests.models import tiny_vl
@@ -245,6 +247,22 @@ def test_an_image_is_looked_at_once_and_anew_with_other_weights(warm):
             proj.weight.neg_()
         warm._known = {}
         warm.engine.swap(warm.params)
+
+
+@pytest.mark.slow
+def test_on_a_mesh(warm):
+    rules = mesh.Rules(batch=None)
+    device_mesh = mesh.make(mesh.MeshConfig(1, 1, 2, 1), jax.devices()[:2])
+    layout = params.shardings(decoder.decoder_params(warm.spec), device_mesh, rules)
+    with jax.set_mesh(device_mesh):
+        tree = jax.tree.map(jax.device_put, warm.params, layout)
+        settings = dataclasses.replace(SETTINGS, rows=2)
+        made = engine.Engine(
+            warm.spec, tree, settings=settings, rules=rules, stop_ids=()
+        )
+    told = made.run([warm.request(i) for i in (1, 3, 0)])
+    for i in (1, 3, 0):
+        assert found(told[f"r{i}"])[0] == warm.wanted(i)
 
 
 def test_what_does_not_fit_is_refused(warm):
