@@ -13,7 +13,7 @@ import pytest
 
 from qwen_jax import config, mesh, models, params
 from qwen_jax.models import decoder
-from qwen_jax.serve import device, engine, images
+from qwen_jax.serve import device, engine, images, scheduler
 from qwen_jax.serve import request as request_lib
 from tests.models import tiny_vl
 
@@ -165,6 +165,51 @@ def test_answers_do_not_depend_on_the_schedule(case):
     sight = made._device._sight
     held = [row for rows_m in sight._held.values() for row in rows_m]
     assert sorted([*held, *sight._free]) == list(range(sight.rows))
+
+
+def test_rows_that_give_way_go_on_behind_their_images(case, monkeypatch):
+    """Nothing is kept for them: the answer so far is computed anew with the prompt."""
+    settings = dataclasses.replace(SETTINGS, pages=12, sharing=False)
+    made, behind = case.another(settings), []
+    prefill = made._device.prefill
+
+    def watched(now):
+        behind.append(now.start + now.count - len(now.row.request.prompt))
+        return prefill(now)
+
+    monkeypatch.setattr(made._device, "prefill", watched)
+    told = made.run([case.request(1 + i % 2, f"r{i}") for i in range(4)])
+    for i in range(4):
+        assert found(told[f"r{i}"])[0] == case.wanted(1 + i % 2)
+    assert made.load().preempted > 0 and max(behind) > 4
+
+
+def test_room_is_made_by_what_a_piece_does_not_want(case):
+    """Room for 40 tokens: one image that was looked at first and is wanted again, two
+    that fill the rest, and a new one."""
+    sight, params = case.another(SETTINGS)._device._sight, case.engine._device._params
+    draw, y = np.random.default_rng(5), case.spec.vision.patch_numbers
+
+    def drawn(rows, columns):
+        pixels = draw.normal(size=(rows * columns, y)).astype(np.float32)
+        return Image(pixels, (1, rows, columns))
+
+    first, new, others = drawn(4, 4), drawn(6, 10), (drawn(8, 8), drawn(8, 8))
+
+    def shown(where, *some):
+        counts = [one.tokens(case.spec.vision) for one in some]
+        prompt = (tiny_vl.IMAGE,) * sum(counts)
+        row = scheduler.Row(Request("x", prompt, 1, images=some), 0, 8)
+        row.laid = images.lay(case.spec, prompt, some)
+        made = where.show(params, row, 0, 8, 8)
+        return made.index_bt[0], np.asarray(made.features_fd)[made.index_bt[0]]
+
+    for one in (first, *others):
+        shown(sight, one)
+    index_t, features_td = shown(sight, first, new)
+    assert sight.looks == 4 and len(set(index_t.tolist())) == 8
+    fresh = case.another(SETTINGS)._device._sight
+    np.testing.assert_array_equal(features_td, shown(fresh, first, new)[1])
 
 
 def test_features_are_those_of_the_reference(case):
