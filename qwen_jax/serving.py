@@ -81,7 +81,12 @@ def run(
     sock = listening.listen(args.host, args.port)
     server = listening.server(app, shutdown_s=args.shutdown_timeout_s)
     if make_engine is None:
-        held = device.Settings(max_waiting=args.max_queue, max_wait_s=args.max_wait_s)
+        held = device.Settings(
+            max_waiting=args.max_queue,
+            max_wait_s=args.max_wait_s,
+            images=args.images,
+            image_patches=args.image_patches,
+        )
 
         def make_engine(model: talk.Model) -> engine.Engine:
             return engine.Engine(

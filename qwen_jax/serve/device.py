@@ -43,7 +43,8 @@ class Settings:
     before it begins; 0 for no limit. sharing: keep pages for prompts that begin alike.
     embeddings: compile what vectors of documents need, too (for models without a head
     always). images: most of a request, for models that see; 0 leaves their eyes shut.
-    image_patches: most of an image.
+    image_patches: most of an image. image_bytes: pixels of all requests in flight; one
+    that passes it alone is taken when no other has images.
     """
 
     rows: int = 16
@@ -58,6 +59,7 @@ class Settings:
     embeddings: bool = False
     images: int = 16
     image_patches: int = 4096
+    image_bytes: int = 2 << 30
 
     def __post_init__(self):
         for name in ("rows", "page_tokens", "piece", "max_waiting", "image_patches"):
@@ -65,8 +67,11 @@ class Settings:
                 raise config.InputError(
                     f"{name}={getattr(self, name)}: wanted at least 1"
                 )
-        if not self.max_wait_s >= 0:
-            raise config.InputError(f"max_wait_s={self.max_wait_s}: wanted 0 or more")
+        for name in ("max_wait_s", "images"):
+            if not getattr(self, name) >= 0:
+                raise config.InputError(
+                    f"{name}={getattr(self, name)}: wanted 0 or more"
+                )
         if self.piece % self.page_tokens:
             raise config.InputError(
                 f"piece={self.piece}: wanted a multiple of page_tokens="

@@ -139,7 +139,12 @@ class Engine:
             if self._closing:
                 raise Closed("the engine is closing")
             waiting = len(self._new) + len(self._scheduler.waiting)
-            if waiting >= self.settings.max_waiting:
+            here = (
+                *self._new,
+                *(x.request for x in self._scheduler.rows(lambda _: True)),
+            )
+            crowd = images.crowd(request, here) > self.settings.image_bytes
+            if crowd or waiting >= self.settings.max_waiting:
                 raise Overloaded(waiting, retry_after_s=1.0)
             wait_s = self._expected_s(request)
             if 0 < self.settings.max_wait_s < wait_s:
@@ -168,8 +173,7 @@ class Engine:
                 f"{request.max_tokens} pass the {self.max_tokens} that fit here"
             )
         self._check_ids(request.prompt, "the prompt")
-        held = self.settings.images, self.settings.image_patches
-        images.check(self.spec, request.prompt, request.images, *held)
+        images.check(self.spec, request, self.settings)
         self._check_ids(tuple(request.logit_bias), "logit_bias")
         if request.stop and self.tokenizer is None:
             raise config.InputError("stop texts need an engine with a tokenizer")

@@ -23,7 +23,8 @@ Raises: config.InputError naming images, prompt, or what does not fit them.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -80,19 +81,14 @@ def of(part: Mapping[str, np.ndarray]) -> tuple[Image, ...]:
     return tuple(made)
 
 
-def check(
-    spec: spec_lib.Spec,
-    prompt: Sequence[int],
-    images: Sequence[Image],
-    most: int,
-    patches: int,
-) -> None:
-    """Refuse images that do not fit the model, the prompt, or an engine that takes
-    `most` of them with at most `patches` patches each.
+def check(spec: spec_lib.Spec, request: Any, settings: Any) -> None:
+    """Refuse a request whose images do not fit the model, its prompt, or an engine of
+    these `device.Settings`.
 
     Raises:
       config.InputError: see the module docstring.
     """
+    images, most, patches = request.images, settings.images, settings.image_patches
     if spec.vision is None or not most:
         if images:
             why = "has no vision" if spec.vision is None else "runs without (images=0)"
@@ -111,7 +107,7 @@ def check(
             np.full((1, one.tokens(spec.vision)), spec.vision.image_id, np.int32),
             images={"pixels": one.pixels_py, "grid_thw": np.array([one.grid])},
         )
-    ids_t = np.asarray(prompt)
+    ids_t = np.asarray(request.prompt)
     if (ids_t == spec.vision.video_id).any():
         raise config.InputError(
             f"the prompt has placeholders of a video (id {spec.vision.video_id}): "
@@ -129,6 +125,16 @@ def check(
             raise config.InputError(
                 f"the placeholders of images[{i}] are not side by side in the prompt"
             )
+
+
+def crowd(new: Any, here: Iterable[Any]) -> int:
+    """Bytes of pixels with one more request among those that are here; 0 where it has
+    none, or is the only one that has."""
+    if not new.images:
+        return 0
+    others = {one.id: one.images for one in here if one.images}
+    every = [image for some in (*others.values(), new.images) for image in some]
+    return sum(image.pixels_py.nbytes for image in every) if others else 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -310,6 +310,27 @@ def test_on_a_mesh(warm):
         assert found(told[f"r{i}"])[0] == warm.wanted(i)
 
 
+def test_pixels_in_flight_are_bounded(warm):
+    """As are those of requests that wait; text is not kept out by images."""
+    one = warm.request(1)
+    limit = 2 * one.images[0].pixels_py.nbytes
+    made = warm.another(dataclasses.replace(SETTINGS, image_bytes=limit))
+    told = []
+    for name in "ab":
+        made.submit(dataclasses.replace(one, id=name), told.append)
+        made.step()
+    with pytest.raises(engine.Overloaded):
+        made.submit(dataclasses.replace(one, id="c"), told.append)
+    made.submit(warm.request(0), told.append)
+    while made.in_flight:
+        made.step()
+    assert sum(piece.finish == "length" for piece in told) == 3
+    made.submit(warm.request(3), told.append)  # more than the limit alone
+    made.cancel("r3")
+    while made.in_flight:
+        made.step()
+
+
 def test_what_does_not_fit_is_refused(warm):
     request = warm.request(1)
     (image,), y = request.images, warm.spec.vision.patch_numbers
@@ -339,6 +360,8 @@ def test_what_does_not_fit_is_refused(warm):
     ):
         with pytest.raises(config.InputError, match=words):
             Image(pixels, grid)
+    with pytest.raises(config.InputError, match="images=-1: wanted 0 or more"):
+        dataclasses.replace(SETTINGS, images=-1)
     part = {"pixels": image.pixels_py, "grid_thw": np.array([[1, 4, 4]])}
     with pytest.raises(config.InputError, match="counts 16 patches, pixels have 32"):
         images.of(part)
@@ -347,4 +370,4 @@ def test_what_does_not_fit_is_refused(warm):
         blind.check(request)
     text = dataclasses.replace(warm.spec, vision=None)
     with pytest.raises(config.InputError, match="images=1: this model has no vision"):
-        images.check(text, request.prompt, request.images, 3, 64)
+        images.check(text, request, SETTINGS)
