@@ -84,21 +84,6 @@ class Shown:
     deep_lfd: jax.Array | None
 
 
-def _put_in(x_btd, features_fd, index_bt, rules, *, add: bool):
-    """Features in the place of tokens, or added to them; text as it was."""
-
-    def run(x_btd, features_fd, index_bt):
-        new_btd = features_fd[jnp.maximum(index_bt, 0)].astype(x_btd.dtype)
-        new_btd = x_btd + new_btd if add else new_btd
-        return jnp.where((index_bt >= 0)[..., None], new_btd, x_btd)
-
-    lies = rules.pspec("batch", None, None)
-    index = rules.pspec("batch", None)
-    return mesh.local(run, inputs=(lies, jax.P(None, None), index), out=lies)(
-        x_btd, features_fd, index_bt
-    )
-
-
 def check(spec: spec_lib.Spec) -> None:
     """Refuse models that keep more than keys, values and linear states.
 
@@ -240,6 +225,21 @@ def hidden(
         tail_bj = delta_lib.tail_segments(tail_bj, real_bt)
         tail_rj = put(tail_rj, places.slot_b, tail_bj)
     return streams.end(params, x, spec, rules), Pages(new, after, tail_rj)
+
+
+def _put_in(x_btd, features_fd, index_bt, rules, *, add: bool):
+    """Features in the place of tokens, or added to them; text as it was."""
+
+    def run(x_btd, features_fd, index_bt):
+        new_btd = features_fd[jnp.maximum(index_bt, 0)].astype(x_btd.dtype)
+        new_btd = x_btd + new_btd if add else new_btd
+        return jnp.where((index_bt >= 0)[..., None], new_btd, x_btd)
+
+    lies = rules.pspec("batch", None, None)
+    index = rules.pspec("batch", None)
+    return mesh.local(run, inputs=(lies, jax.P(None, None), index), out=lies)(
+        x_btd, features_fd, index_bt
+    )
 
 
 def _by_slot():

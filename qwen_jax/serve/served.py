@@ -106,12 +106,14 @@ class Served:
 
     def card(self) -> dict[str, Any]:
         """The model as /v1/models tells it."""
+        sees = self.model.spec.vision is not None
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "qwen_jax",
             "max_model_len": self.engine.max_tokens,
+            "max_images": self.engine.settings.images if sees else 0,
         }
 
 
