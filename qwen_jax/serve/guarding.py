@@ -2,9 +2,9 @@
 """The guard between clients and engine: prompts before, answers while they come.
 
 What the guard blocks is not answered (400 content_filter), or ends there (finish_reason
-"content_filter"). Of an answer no more is sent than the guard has passed: what may yet
-become part of a finding is kept back (`hold`), and so are the log-probabilities of what
-is kept back, which would tell it.
+"content_filter"). Texts are judged, images are not. Of an answer no more is sent than
+the guard has passed: what may yet become part of a finding is kept back (`hold`), and
+so are the log-probabilities of what is kept back, which would tell it.
 
 Formats: /v1/moderations answers as `guard.moderation_results` has it.
 Invariants: a guard that raises lets nothing through.

@@ -208,6 +208,8 @@ def test_room_is_made_by_what_a_piece_does_not_want(case):
         shown(sight, one)
     index_t, features_td = shown(sight, first, new)
     assert sight.looks == 4 and len(set(index_t.tolist())) == 8
+    twice_t, _ = shown(sight, first, first)
+    assert twice_t[:4].tolist() == twice_t[4:].tolist() and sight.looks == 4
     fresh = case.another(SETTINGS)._device._sight
     np.testing.assert_array_equal(features_td, shown(fresh, first, new)[1])
 
@@ -279,6 +281,8 @@ def test_an_image_is_looked_at_once_and_anew_with_other_weights(warm):
     alike = [warm.request(1, f"s{i}", n=2, salt="once") for i in range(5)]
     assert all(ids == warm.wanted(1) for ids, _ in warm.ask(*alike))
     assert sight.looks == before + 1
+    warm.ask(warm.request(1, salt="another's"))  # learns nothing from the time it takes
+    assert sight.looks == before + 2
     tower = warm.params["vision"]
     warm.engine.swap(warm.params | {"vision": tower | {"patch_yd": -tower["patch_yd"]}})
     proj = warm.reference.model.visual.patch_embed.proj

@@ -215,6 +215,7 @@ def test_kinds_and_details(running):
     ids, _ = running.wanted([ONE])
     assert made.usage.prompt_tokens == len(ids)
     client = running.client(timeout=60)
+    assert client.models.retrieve(servers.NAME).model_extra["max_images"] == 3
     said = [
         {"role": "user", "content": content([ONE, "what?"])},
         {"role": "assistant", "content": "a square"},
