@@ -197,6 +197,8 @@ def _add_serve(verbs: Any) -> None:
         metavar="S",
         help="429 for those expected to wait longer for others (default: no limit)",
     )
+    add("--images", type=int, default=16, metavar="N", help="most of a request; or 0")
+    add("--image_patches", type=int, default=4096, metavar="N", help="most of an image")
     add("--requests_per_minute", type=int, default=0, metavar="N", help="of each key")
     add("--tokens_per_minute", type=int, default=0, metavar="N", help="of each key")
     add(

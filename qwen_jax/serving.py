@@ -85,7 +85,12 @@ def run(
     sock = listening.listen(args.host, args.port)
     server = listening.server(app, shutdown_s=args.shutdown_timeout_s)
     if make_engine is None:
-        held = device.Settings(max_waiting=args.max_queue, max_wait_s=args.max_wait_s)
+        held = device.Settings(
+            max_waiting=args.max_queue,
+            max_wait_s=args.max_wait_s,
+            images=args.images,
+            image_patches=args.image_patches,
+        )
 
         def make_engine(model: talk.Model) -> engine.Engine:
             return engine.Engine(
@@ -147,6 +152,7 @@ class Loader:
         begun_s, version = time.monotonic(), version_of(path)
         model = talk.load_model(path, self._dtype, lay_out=False)
         bare = dataclasses.replace(model, params=None)  # the engine has its own
+        _ = bare.sees  # a folder that does not say how is refused now
         before = self._models.find(name)
         if before is not None and _alike(before.model, model):
             # Written down before an answer can ask for it.

@@ -13,6 +13,7 @@ among it.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -23,7 +24,7 @@ import jax
 
 from qwen_jax import checks, config, models
 from qwen_jax import params as params_lib
-from qwen_jax.data import chat, reply, tokenizer
+from qwen_jax.data import chat, image, multimodal, reply, tokenizer, video
 from qwen_jax.models import decode, gguf, hf_config
 from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.models import spec as spec_lib
@@ -47,6 +48,19 @@ class Model:
     advised: dict[str, Any]
     stop_ids: tuple[int, ...]
     path: str
+
+    @functools.cached_property
+    def sees(self) -> multimodal.Processor | None:
+        """What makes prompts of pictures; None for a model without vision.
+
+        Raises:
+          config.InputError: its folder does not say how, or its vocabulary has no marks
+            of images.
+        """
+        if self.spec.vision is None:
+            return None
+        settings = image.load_settings(self.path), video.load_settings(self.path)
+        return multimodal.Processor(self.tokenizer, *settings)
 
     def chat_template(self) -> chat.Template:
         """The template, or an InputError that says why there is none."""

@@ -92,6 +92,15 @@ def load(source: Any, limits: Limits = LIMITS, mime: str | None = None) -> Any:
     return Image.fromarray(_rgb_of_array(source, limits))
 
 
+def size(
+    source: Any, limits: Limits = LIMITS, mime: str | None = None
+) -> tuple[int, int]:
+    """(width, height) that the header of a file claims, checked as `load` does before
+    it decodes anything."""
+    image, _ = _open(source, limits, tuple(FORMATS), mime)
+    return image.size
+
+
 def frames(
     source: Any,
     limits: Limits = LIMITS,

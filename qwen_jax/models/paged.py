@@ -10,8 +10,9 @@ each row that runs.
     hidden_btd, pages = hidden(spec, params, tokens_bt, real_bt, pages, places)
 
 serves decoding (t = 1) and pieces of prompts (t a multiple of c, from a page's border
-on), padding on the right. Page 0 and the last slot are nobody's: what has no place is
-written there.
+on), padding on the right. Images among the tokens of a piece come as features, which
+take the tokens' places (`Shown`); rows that go on behind them tell their shift. Page 0
+and the last slot are nobody's: what has no place is written there.
 
 Shapes: k_nhkc and v_nhck with n pages for each attention layer; layers with a window
 keep all of their pages, too, and look at the near ones only. Linear layers: the state
@@ -57,12 +58,30 @@ class Places:
     """Where the rows of a call lie.
 
     table_bp: int32 pages of each row in order; what is behind its last is not looked
-    at. length_b: its tokens before this call. slot_b: the slot of its states.
+    at. length_b: its tokens before this call. slot_b: the slot of its states. shift_b:
+    the position of a token is its place in the row plus this (behind images it is
+    less than its place); None where no row has any.
     """
 
     table_bp: jax.Array
     length_b: jax.Array
     slot_b: jax.Array
+    shift_b: jax.Array | None = None
+
+
+@struct.dataclass
+class Shown:
+    """What images make of the tokens of a call.
+
+    positions_3bt: temporal, row and column. index_bt: which of the features takes the
+    token's place; -1 for text. features_fd: of merged patches. deep_lfd: what DeepStack
+    adds behind the first layers, or None.
+    """
+
+    positions_3bt: jax.Array
+    index_bt: jax.Array
+    features_fd: jax.Array
+    deep_lfd: jax.Array | None
 
 
 def check(spec: spec_lib.Spec) -> None:
@@ -135,6 +154,7 @@ def hidden(
     pages: Pages,
     places: Places,
     *,
+    shown: Shown | None = None,
     rules: mesh.Rules | None = None,
     way: str = "",
 ) -> tuple[jax.Array, Pages]:
@@ -148,6 +168,7 @@ def hidden(
       real_bt: int32, 1 for tokens, 0 for padding on the right.
       pages: the pools.
       places: where the rows lie, room for the new tokens included.
+      shown: images among the tokens.
       rules: dims -> mesh axes.
       way: over the pages; "" takes the one of the platform.
     """
@@ -156,6 +177,14 @@ def hidden(
     see = {"images": None, "videos": None, "rules": rules, "saved": None}
     x, _ = decoder.embed_tokens(spec, params, tokens_bt, real_bt, **see)
     at_bt = places.length_b[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+    if places.shift_b is not None:
+        at_bt = at_bt + places.shift_b[:, None]
+        places = places.replace(shift_b=None)
+    deep = ()
+    if shown is not None:
+        at_bt = shown.positions_3bt
+        x = _put_in(x, shown.features_fd, shown.index_bt, rules, add=False)
+        deep = () if shown.deep_lfd is None else shown.deep_lfd
     angles = rope.angles(spec, at_bt)
     way = way or page_ways.here()
     mix = functools.partial(
@@ -170,7 +199,7 @@ def hidden(
     tail_bj = take(pages.tail_rj, places.slot_b)
     tail_bj = jnp.where((places.length_b > 0)[:, None], tail_bj, 0)
     held, states, new, after = iter(pages.attention), iter(pages.delta), [], []
-    for kind, p in zip(spec.kinds, params["layers"], strict=True):
+    for i, (kind, p) in enumerate(zip(spec.kinds, params["layers"], strict=True)):
         y_btd, inject = streams.enter(p[streams.names(spec)[0]], x, spec, rules)
         if kind.mixer == "attention":
             y_btd, mine = mix(
@@ -189,11 +218,28 @@ def hidden(
             )
         x = streams.leave(x, y_btd, inject)
         x, _ = decoder.feed_forward(p, x, real_bt, spec, rules, kind)
+        if i < len(deep):
+            x = _put_in(x, deep[i], shown.index_bt, rules, add=True)
     tail_rj = pages.tail_rj
     if after:
         tail_bj = delta_lib.tail_segments(tail_bj, real_bt)
         tail_rj = put(tail_rj, places.slot_b, tail_bj)
     return streams.end(params, x, spec, rules), Pages(new, after, tail_rj)
+
+
+def _put_in(x_btd, features_fd, index_bt, rules, *, add: bool):
+    """Features in the place of tokens, or added to them; text as it was."""
+
+    def run(x_btd, features_fd, index_bt):
+        new_btd = features_fd[jnp.maximum(index_bt, 0)].astype(x_btd.dtype)
+        new_btd = x_btd + new_btd if add else new_btd
+        return jnp.where((index_bt >= 0)[..., None], new_btd, x_btd)
+
+    lies = rules.pspec("batch", None, None)
+    index = rules.pspec("batch", None)
+    return mesh.local(run, inputs=(lies, jax.P(None, None), index), out=lies)(
+        x_btd, features_fd, index_bt
+    )
 
 
 def _by_slot():

@@ -11,6 +11,7 @@ Raises: config.InputError for settings that do not fit.
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from qwen_jax import config, mesh
 from qwen_jax.models import decode, paged
 from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.models import spec as spec_lib
-from qwen_jax.serve import programs, scheduler
+from qwen_jax.serve import programs, scheduler, sight
+from qwen_jax.serve import request as request_lib
 
 log = logging.getLogger("qwen_jax.serve")
 
@@ -40,7 +42,9 @@ class Settings:
     the queue. max_wait_s: refuse a request that is expected to wait longer for others
     before it begins; 0 for no limit. sharing: keep pages for prompts that begin alike.
     embeddings: compile what vectors of documents need, too (for models without a head
-    always).
+    always). images: most of a request, for models that see; 0 leaves their eyes shut.
+    image_patches: most of an image. image_bytes: pixels of all requests in flight; one
+    that passes it alone is taken when no other has images.
     """
 
     rows: int = 16
@@ -53,15 +57,21 @@ class Settings:
     max_wait_s: float = 0.0
     sharing: bool = True
     embeddings: bool = False
+    images: int = 16
+    image_patches: int = 4096
+    image_bytes: int = 2 << 30
 
     def __post_init__(self):
-        for name in ("rows", "page_tokens", "piece", "max_waiting"):
+        for name in ("rows", "page_tokens", "piece", "max_waiting", "image_patches"):
             if getattr(self, name) < 1:
                 raise config.InputError(
                     f"{name}={getattr(self, name)}: wanted at least 1"
                 )
-        if not self.max_wait_s >= 0:
-            raise config.InputError(f"max_wait_s={self.max_wait_s}: wanted 0 or more")
+        for name in ("max_wait_s", "images"):
+            if not getattr(self, name) >= 0:
+                raise config.InputError(
+                    f"{name}={getattr(self, name)}: wanted 0 or more"
+                )
         if self.piece % self.page_tokens:
             raise config.InputError(
                 f"piece={self.piece}: wanted a multiple of page_tokens="
@@ -104,6 +114,13 @@ class Settings:
             size //= 4
         return (*sorted({self.page_tokens, *sizes, self.piece}),)
 
+    def patch_buckets(self, vision: spec_lib.Vision) -> tuple[int, ...]:
+        """Numbers of patches that images are padded to."""
+        whole = vision.merge**2  # patches of a token
+        most = max(self.image_patches // whole, 1) * whole
+        sizes = [most // share // whole * whole for share in (16, 4)]
+        return (*[size for size in sizes if size >= 4 * whole], most)
+
 
 def is_full(row: scheduler.Row) -> bool:
     """Whether a row wants more than temperature and cuts."""
@@ -145,6 +162,10 @@ class Device:
         self._mesh = jax.sharding.get_mesh()
         self._params = decode.laid_out(spec, params)
         self._how = {"spec": spec, "rules": self.rules}
+        self._sight = None
+        if spec.vision is not None and settings.images > 0 and spec.head == "tokens":
+            buckets = settings.patch_buckets(spec.vision)
+            self._sight = sight.Sight(buckets, settings.piece, self._how)
         self._free_masks: dict[int, np.ndarray] = {}
         self.empty()
 
@@ -165,6 +186,8 @@ class Device:
             )
             # Copied: parts may be one array, and each is given away only once.
             self._pages, self._extras, self._last_s = jax.tree.map(jnp.copy, made)
+            if self._sight is not None:
+                self._sight.empty()
         self._wishes: tuple[Any, Any] = (None, None)
         self._biased: set[int] = set()  # slots
 
@@ -200,6 +223,8 @@ class Device:
     def use(self, fitted: Any) -> None:
         """Compute with these from the next program on."""
         self._params = fitted
+        if self._sight is not None:
+            self._sight.forget()
 
     def prefill(self, now: scheduler.Prefill) -> tuple[Any, programs.Told | None]:
         """A piece of a prompt: (scores after it, what its next ids were given)."""
@@ -212,18 +237,20 @@ class Device:
             np.array([now.start], np.int32),
             np.array([row.slot], np.int32),
         )
-        count, told = np.int32(now.count), None
+        count, told, shown = np.int32(now.count), None, None
+        if self._sight is not None:
+            shown = self._sight.show(self._params, row, now.start, now.count, size)
         operands = (self._params, self._pages, tokens_1t)
         if row.request.prompt_logprobs is None or row.said:
             logits_1v, self._pages = programs.prefill(
-                *operands, count, places, **self._how
+                *operands, count, places, shown, **self._how
             )
         else:
             next_t = np.zeros(size, np.int32)
             after = row.ids[now.start + 1 : now.start + now.count + 1]
             next_t[: len(after)] = after
             logits_1v, told, self._pages = programs.prompt_scores(
-                *operands, next_t, count, places, **self._how
+                *operands, next_t, count, places, shown, **self._how
             )
         if now.last and (is_full(row) or row.slot in self._biased):
             self._begin(row)
@@ -307,7 +334,11 @@ class Device:
             ]
             wishes += [sampling_lib.Sampling()] * (b - len(rows))
             self._wishes = key, jax.tree.map(jnp.asarray, sampling_lib.stack(wishes))
-        places = paged.Places(table_bp, length_b, slot_b)
+        shift_b = None
+        if self._sight is not None:
+            shift_b = np.zeros(b, np.int32)
+            shift_b[: len(rows)] = [row.laid.shift if row.laid else 0 for row in rows]
+        places = paged.Places(table_bp, length_b, slot_b, shift_b)
         feed = programs.Feed(token_b, real_b, step_b, places, self._wishes[1])
         return feed, self._masks(rows, b) if full else None
 
@@ -352,6 +383,9 @@ class Device:
         settings, rows = self.settings, {False: self.settings.row_buckets()}
         rows[True] = settings.full_buckets()
         steps = [("a piece", settings.piece_buckets(), self._warm_piece)]
+        if self._sight is not None:
+            look = functools.partial(self._sight.warm, self._params)
+            steps.append(("an image", self._sight.buckets, look))
         if self.state_units:
             steps.append(("a state", (self.state_units,), self._warm_state))
         steps += [
@@ -373,12 +407,16 @@ class Device:
             np.array([self.settings.rows], np.int32),  # nobody's
         )
         tokens_1t, next_t = np.zeros((1, size), np.int32), np.zeros(size, np.int32)
-        count = np.int32(1)
+        count, shown = np.int32(1), None
+        if self._sight is not None:
+            text = scheduler.Row(request_lib.Request("", (0,), 1), 0, self.table_pages)
+            shown = self._sight.show(self._params, text, 0, 1, size)
+        rest = (count, places, shown)
         _, self._pages = programs.prefill(
-            self._params, self._pages, tokens_1t, count, places, **self._how
+            self._params, self._pages, tokens_1t, *rest, **self._how
         )
         _, _, self._pages = programs.prompt_scores(
-            self._params, self._pages, tokens_1t, next_t, count, places, **self._how
+            self._params, self._pages, tokens_1t, next_t, *rest, **self._how
         )
 
     def _warm_state(self, units: int) -> None:
@@ -401,5 +439,5 @@ class Device:
 def compiled() -> int:
     """Programs compiled so far, of all engines."""
     every = ("decode", "prefill", "prompt_scores", "first", "begin", "embedding")
-    every += ("save", "restore")
+    every += ("save", "restore", "look")
     return sum(getattr(programs, name)._cache_size() for name in every)

@@ -38,7 +38,7 @@ from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.serve import answer as answer_lib
 from qwen_jax.serve import device as device_lib
-from qwen_jax.serve import pace, programs, scheduler
+from qwen_jax.serve import images, pace, programs, scheduler
 from qwen_jax.serve import request as request_lib
 
 Tell = Callable[[request_lib.Piece], None]
@@ -139,7 +139,7 @@ class Engine:
         with self._lock:
             if self._closing:
                 raise Closed("the engine is closing")
-            refused = self._refusal(request.n)
+            refused = self._refusal(request.n) or self._crowd(request)
             if refused is not None:
                 raise refused
             if request.id in self._tells:
@@ -161,6 +161,14 @@ class Engine:
             return Overloaded(waiting, retry_after_s=wait_s)
         return None
 
+    def _crowd(self, request: request_lib.Request) -> Overloaded | None:
+        """The refusal where images of requests in flight would take too much."""
+        here = [one for one, _ in self._new]
+        here += [row.request for row in self._scheduler.rows(lambda _: True)]
+        if images.crowd(request, here) <= self.settings.image_bytes:
+            return None
+        return Overloaded(len(here), retry_after_s=1.0)
+
     def check(self, request: request_lib.Request) -> None:
         """Refuse what can never be answered.
 
@@ -178,6 +186,7 @@ class Engine:
                 f"{request.max_tokens} pass the {self.max_tokens} that fit here"
             )
         self._check_ids(request.prompt, "the prompt")
+        images.check(self.spec, request, self.settings)
         self._check_ids(tuple(request.logit_bias), "logit_bias")
         if request.stop and self.tokenizer is None:
             raise config.InputError("stop texts need an engine with a tokenizer")
@@ -428,9 +437,10 @@ class Engine:
         # While weights are to come, what is new waits for them.
         while self._new and self._swap is None:
             request, come_s = self._new.popleft()
+            laid = images.lay(self.spec, request.prompt, request.images)
             for index in range(request.n):
                 row = scheduler.Row(request, index, self._device.table_pages)
-                row.come_s = come_s
+                row.come_s, row.laid = come_s, laid
                 stop_ids = request.stop_ids
                 stop_ids = self.stop_ids if stop_ids is None else stop_ids
                 try:

@@ -2,9 +2,9 @@
 """The guard between clients and engine: prompts before, answers while they come.
 
 What the guard blocks is not answered (400 content_filter), or ends there (finish_reason
-"content_filter"). Of an answer no more is sent than the guard has passed: what may yet
-become part of a finding is kept back (`hold`), and so are the log-probabilities of what
-is kept back, which would tell it.
+"content_filter"). Texts are judged, images are not. Of an answer no more is sent than
+the guard has passed: what may yet become part of a finding is kept back (`hold`), and
+so are the log-probabilities of what is kept back, which would tell it.
 
 Clients made for DashScope ask for its inspection with a header; those get its code and
 its words (data_inspection_failed). What is inspected is the server's policy alone.

@@ -3,35 +3,29 @@
 
 Source: OpenAI's chat format, with `reasoning_content` (or `reasoning`) in assistants'
 messages. Deviations: the role developer becomes system, the only name that templates
-know; parts of text are joined; the arguments of earlier tool calls, which come as text,
-are read, so that templates write them as they write new ones. Images are data URIs;
-nothing is ever fetched.
+know; parts of text are joined where no image is among them; the arguments of earlier
+tool calls, which come as text, are read, so that templates write them as they write new
+ones. Images are data URIs (`pictures`); nothing is ever fetched.
 
-Formats: `read` gives dicts for `data.chat`. `Given.images` says where images were.
+Formats: `read` gives dicts for `data.chat`, in which an image is {"type": "image"}.
+`Given.images` has the pictures in the order of their places.
 Raises: errors.ApiError naming the place, such as messages[2].content[0].type.
 """
 
-import base64
-import binascii
 import dataclasses
 import json
 import re
 from collections.abc import Callable
 from typing import Any
 
-from qwen_jax import config
-from qwen_jax.data import picture
-from qwen_jax.serve import errors, fields
+from qwen_jax.serve import errors, fields, pictures
 
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 128
 MAX_TEXT = 16 * 2**20  # letters; the limit of a body holds first
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
-IMAGES = picture.Limits(file_bytes=6 * 2**20, pixels=2**25)
-MAX_IMAGES = 64
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_DATA = re.compile(r"data:([a-z]+/[a-z0-9.+-]+);base64,")
 _TEXT = fields.Text(MAX_TEXT)
 _NULL = fields.Unsupported("it is null in messages of this server")
 _TABLE = {
@@ -83,10 +77,10 @@ _TOOL = {
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """A conversation: messages for templates, and the places of images in it."""
+    """A conversation: messages for templates, and the images in it."""
 
     messages: list[dict[str, Any]]
-    images: tuple[str, ...] = ()
+    images: tuple[pictures.Picture, ...] = ()
 
 
 class Messages:
@@ -94,7 +88,7 @@ class Messages:
 
     def read(self, value: Any, at: str) -> Given:
         """See the module docstring."""
-        images: list[str] = []
+        images: list[pictures.Picture] = []
         called: set[str] = set()
         listed = fields.Listed(fields.Anything(), MAX_MESSAGES, low=1)
         made = []
@@ -108,13 +102,11 @@ class Messages:
                     f"{place}.tool_call_id", said, message["tool_call_id"]
                 )
             made.append({k: v for k, v in message.items() if v is not None})
-        if len(images) > MAX_IMAGES:
-            said = f"Invalid {at}: {len(images)} images; wanted at most {MAX_IMAGES}."
-            raise errors.invalid(at, "invalid_value", said)
+        pictures.check(images)
         return Given(made, tuple(images))
 
 
-def _message(given: Any, at: str, images: list[str]) -> dict[str, Any]:
+def _message(given: Any, at: str, images: list[pictures.Picture]) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise fields.wrong_type(at, "an object", given)
     role = given.get("role")
@@ -153,16 +145,18 @@ def _arguments(function: dict[str, Any], at: str) -> dict[str, Any]:
     return found
 
 
-def _content(given: Any, at: str, role: str, images: list[str]) -> str:
-    """A message's text; parts are joined."""
+def _content(
+    given: Any, at: str, role: str, images: list[pictures.Picture]
+) -> str | list[dict[str, str]]:
+    """A message's text; with images, its parts."""
     if not isinstance(given, list):
         return _TEXT.read(given, at)
     if not given:
         raise errors.invalid(at, "empty_array", f"Invalid {at}: empty.")
-    texts = []
-    kinds: dict[str, Callable[[dict, str], str]] = {"text": _text_part}
+    parts, before = [], len(images)
+    kinds: dict[str, Callable[[dict, str], str | None]] = {"text": _text_part}
     if role == "user":
-        kinds["image_url"] = _image_part
+        kinds["image_url"] = lambda part, at: images.append(_image_part(part, at))
     if role == "assistant":
         kinds["refusal"] = _refusal_part
     for i, part in enumerate(given):
@@ -170,10 +164,12 @@ def _content(given: Any, at: str, role: str, images: list[str]) -> str:
         if not isinstance(part, dict):
             raise fields.wrong_type(place, "an object", part)
         kind = fields.Choice(tuple(kinds)).read(part.get("type"), f"{place}.type")
-        texts.append(kinds[kind](part, place))
-        if kind == "image_url":
-            images.append(place)
-    return "".join(texts)
+        text = kinds[kind](part, place)
+        shown = kind == "image_url"
+        parts.append({"type": "image"} if shown else {"type": "text", "text": text})
+    if len(images) > before:
+        return parts
+    return "".join(part["text"] for part in parts)
 
 
 def _part(name: str, kind: fields.Kind) -> fields.Table:
@@ -193,43 +189,14 @@ def _refusal_part(part: dict, at: str) -> str:
 
 _IMAGE = {
     "url": fields.Field(_TEXT, required=True),
-    "detail": fields.Field(fields.Choice(("auto", "low", "high")), "auto"),
+    "detail": fields.Field(fields.Choice(pictures.DETAILS), "auto"),
 }
 
 
-def _image_part(part: dict, at: str) -> str:
+def _image_part(part: dict, at: str) -> pictures.Picture:
     found = fields.read(_part("image_url", fields.Object(_IMAGE)), part, at)
-    check_image(found["image_url"]["url"], f"{at}.image_url.url")
-    return ""
-
-
-def check_image(url: str, at: str) -> bytes:
-    """The bytes of an image in a data URI whose header has been looked at.
-
-    Raises:
-      errors.ApiError: 400 invalid_image_url: another URL, no base64, no image, one that
-        is too large.
-    """
-
-    def refused(reason: str) -> errors.ApiError:
-        return errors.invalid(at, "invalid_image_url", f"Invalid {at}: {reason}.")
-
-    found = _DATA.match(url)
-    if found is None:
-        raise refused(
-            "wanted data:image/TYPE;base64,...; this server fetches nothing from "
-            "addresses and reads no files"
-        )
-    if (len(url) - found.end()) * 3 // 4 > IMAGES.file_bytes:
-        raise refused(f"the image has more than {IMAGES.file_bytes:,} bytes")
-    try:
-        data = base64.b64decode(url[found.end() :], validate=True)
-        picture.load(data, IMAGES, mime=found[1])
-    except binascii.Error:
-        raise refused("it is not base64") from None
-    except config.InputError as error:
-        raise refused(str(error)) from None
-    return data
+    shown = found["image_url"]
+    return pictures.of_url(shown["url"], shown["detail"], at)
 
 
 class Tools:

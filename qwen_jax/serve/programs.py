@@ -3,7 +3,8 @@
 
 `decode`: the next id of b rows that have one token to go in each; `prefill`: a piece of
 one prompt, with the scores after its last token; `first`: the id that is drawn from
-them; `prompt_scores`: as `prefill`, with what the model gave each next id. b is one of
+them; `prompt_scores`: as `prefill`, with what the model gave each next id; `look`: an
+image's features, which pieces of prompts take from where it keeps them. b is one of
 a few buckets, so few programs are compiled: see `device.Settings`.
 
 A row's wishes beyond temperature and cuts, its `Extras`, cost memory traffic for all
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from qwen_jax import mesh
-from qwen_jax.models import decoder, heads, paged
+from qwen_jax.models import decoder, heads, paged, vision
 from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.serve import request as request_lib
 
@@ -68,6 +69,22 @@ class Told:
     chosen_b: jax.Array
     top_bk: jax.Array
     ids_bk: jax.Array
+
+
+@struct.dataclass
+class Features:
+    """What the vision tower made of images: for the tokens, and for DeepStack."""
+
+    token_fd: jax.Array
+    deep_lfd: jax.Array | None
+
+
+def features(spec, rows: int) -> Features:
+    """Of no image yet; the last row is nobody's."""
+    dtype, deep = jnp.dtype(spec.compute_dtype), len(spec.vision.deepstack)
+    shape = (rows + 1, spec.width)
+    deep_lfd = jnp.zeros((deep, *shape), dtype) if deep else None
+    return Features(jnp.zeros(shape, dtype), deep_lfd)
 
 
 def extras(slots: int, vocab_size: int) -> Extras:
@@ -131,25 +148,30 @@ def decode(params, pages, kept, last_s, feed: Feed, mask_bw, *, spec, rules):
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "rules"), donate_argnames="pages")
-def prefill(params, pages, tokens_1t, count, places, *, spec, rules):
-    """A piece of one prompt, `count` tokens of it real: (logits after them, pages)."""
+def prefill(params, pages, tokens_1t, count, places, shown=None, *, spec, rules):
+    """A piece of one prompt, `count` tokens of it real: (logits after them, pages).
+    shown: images among the tokens, for models that see."""
     t = tokens_1t.shape[1]
     real_1t = (jnp.arange(t)[None] < count).astype(jnp.int32)
+    see = {"shown": shown, "rules": rules}
     hidden_1td, pages = paged.hidden(
-        spec, params, tokens_1t, real_1t, pages, places, rules=rules
+        spec, params, tokens_1t, real_1t, pages, places, **see
     )
     hidden_11d = jax.lax.dynamic_slice_in_dim(hidden_1td, count - 1, 1, axis=1)
     return _logits(spec, params, hidden_11d, rules), pages
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "rules"), donate_argnames="pages")
-def prompt_scores(params, pages, tokens_1t, next_t, count, places, *, spec, rules):
+def prompt_scores(
+    params, pages, tokens_1t, next_t, count, places, shown=None, *, spec, rules
+):
     """As `prefill`, with what the model gave the id after each token: (logits after the
     last, told of each, pages)."""
     t = tokens_1t.shape[1]
     real_1t = (jnp.arange(t)[None] < count).astype(jnp.int32)
+    see = {"shown": shown, "rules": rules}
     hidden_1td, pages = paged.hidden(
-        spec, params, tokens_1t, real_1t, pages, places, rules=rules
+        spec, params, tokens_1t, real_1t, pages, places, **see
     )
     size = math.gcd(t, 16)  # rows of the vocabulary in memory at a time
 
@@ -172,6 +194,24 @@ def first(logits_1v, kept, last_s, feed: Feed, mask_1w) -> Any:
     """The first id of an answer: (ids [1], told or None, kept, last_s)."""
     token_1, told, kept = _draw(logits_1v, feed, kept, mask_1w)
     return token_1, told, kept, last_s.at[feed.places.slot_b].set(token_1)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "rules"), donate_argnames="kept")
+def look(params, kept: Features, pixels_py, grid_3, at_m, *, spec, rules) -> Features:
+    """One image through the vision tower, its features kept in rows `at_m`; patches
+    behind its grid are padding, and their rows nobody's."""
+    pixels_1py = mesh.reshard(pixels_py[None], rules.pspec(None, None, None))
+    grid_113 = mesh.reshard(grid_3[None, None], rules.pspec(None, None, None))
+    pack = [(pixels_1py, grid_113)]
+    ((new_1md, deep_l1md),) = vision.tower(
+        spec, params["vision"], pack, rules=rules, rows=None
+    )
+    token_fd = kept.token_fd.at[at_m].set(mesh.reshard(new_1md[0], jax.P(None, None)))
+    deep_lfd = kept.deep_lfd
+    if deep_lfd is not None:
+        new_lmd = mesh.reshard(deep_l1md[:, 0], jax.P(None, None, None))
+        deep_lfd = deep_lfd.at[:, at_m].set(new_lmd)
+    return Features(token_fd, deep_lfd)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "rules"))

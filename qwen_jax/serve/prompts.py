@@ -12,12 +12,16 @@ Raises: errors.ApiError naming the field.
 
 import dataclasses
 import secrets
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from qwen_jax import config
 from qwen_jax.data import chat
 from qwen_jax.models import sampling as sampling_lib
-from qwen_jax.serve import errors, fields, grammar, protocol
+from qwen_jax.serve import errors, fields, grammar, pictures, protocol
+from qwen_jax.serve import images as images_lib
 from qwen_jax.serve import request as request_lib
 from qwen_jax.serve import served as served_lib
 
@@ -41,14 +45,13 @@ def of_chat(
     if template is None:
         said = "This model has no chat template: it continues texts (/v1/completions)."
         raise errors.invalid("messages", "invalid_value", said)
-    for place in wanted.given.images:
-        vision = model.spec.vision is not None
-        said = "This server does not take images yet." if vision else ""
-        said = said or f"The model {served.name} takes no images."
-        raise errors.invalid(place, "invalid_value", said)
+    _check_sees(wanted.given.images, served)
     for message in wanted.given.messages:
         if message["role"] == "user":  # which every template writes whole
-            check_length(message["content"], served, "messages")
+            text = message["content"]
+            if isinstance(text, list):
+                text = "".join(part.get("text", "") for part in text)
+            check_length(text, served, "messages")
     tools = wanted.tools if wanted.tool_choice != "none" else None
     source = template.source(tools)
     if tools and "tools" not in source:
@@ -69,10 +72,12 @@ def of_chat(
         )
     except config.InputError as error:
         raise errors.invalid("messages", "invalid_value", str(error)) from None
+    ids, images = _with_images(prompt.ids, wanted.given.images, served)
     made = request(
         wanted,
         served,
-        prompt.ids,
+        ids,
+        images=images,
         request_id=request_id,
         salt=salt,
         param="messages",
@@ -80,6 +85,33 @@ def of_chat(
         most=wanted.max_tokens,
     )
     return ChatPrompt(made, prompt.thinks, tuple(tools or ()))
+
+
+def _check_sees(given: Sequence[pictures.Picture], served: served_lib.Served) -> None:
+    """Refuse images for a model or an engine that takes none, or not so many."""
+    if not given:
+        return
+    most = served.engine.settings.images if served.model.spec.vision else 0
+    if not most:
+        said = f"The model {served.name} takes no images."
+        raise errors.invalid(given[0].at, "invalid_value", said)
+    if len(given) > most:
+        raise pictures.too_many(given, most)
+
+
+def _with_images(
+    ids: list[int], given: Sequence[pictures.Picture], served: served_lib.Served
+) -> tuple[list[int], tuple[images_lib.Image, ...]]:
+    """Ids of a conversation with a placeholder for each feature of its images, and the
+    images."""
+    if not given:
+        return ids, ()
+    sees = served.model.sees
+    pictures.check_places(sees, ids, given)
+    most = served.engine.settings.image_patches
+    images = pictures.read(given, sees.images, most)
+    grids = np.array([one.grid for one in images])
+    return sees.expand(ids, grids, grids[:0]).tolist(), images
 
 
 def check_length(text: str, served: served_lib.Served, param: str) -> None:
@@ -193,6 +225,7 @@ def request(
     most: int | None,
     grammar: grammar.Compiled | None = None,
     prompt_logprobs: int | None = None,
+    images: tuple[images_lib.Image, ...] = (),
 ) -> request_lib.Request:
     """The request of a prompt's ids; param: the field that the prompt came in."""
     model, limit = served.model, served.engine.max_tokens
@@ -227,6 +260,7 @@ def request(
         logit_bias=wanted.logit_bias,
         grammar=grammar,
         salt="\x00".join((salt, wanted.salt)),
+        images=images,
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from qwen_jax import config
 from qwen_jax.models import sampling as sampling_lib
+from qwen_jax.serve import images as images_lib
 
 # Why an answer ended. The last two are not the model's doing.
 STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error"
@@ -56,7 +57,8 @@ class Request:
     model's own. logprobs: None, or how many of the likeliest ids to tell beside each
     chosen one. prompt_logprobs: likewise for the ids of the prompt but the first.
     logit_bias: added to an id's score. grammar: what the answer must match. salt:
-    prompts share cached pages only with those of the same salt.
+    prompts share cached pages only with those of the same salt. images: in the order
+    of their placeholders in the prompt, see `images`.
     """
 
     id: str
@@ -71,6 +73,7 @@ class Request:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     grammar: Grammar | None = None
     salt: str = ""
+    images: tuple[images_lib.Image, ...] = ()
 
     def __post_init__(self):
         if not self.prompt:

@@ -24,11 +24,12 @@ Raises: nothing; what can never fit is refused before it comes here.
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from qwen_jax.serve import images as images_lib
 from qwen_jax.serve import pages as pages_lib
 from qwen_jax.serve import prefix as prefix_lib
 from qwen_jax.serve import request as request_lib
@@ -39,7 +40,8 @@ class Row:
 
     ids: of prompt and answer, as far as they are known. ahead: ids that were given to
     the device to draw and are not known yet. length: tokens in pages, once the device
-    has done what it was given. table: pages in order, 0 behind the last.
+    has done what it was given. table: pages in order, 0 behind the last. laid: where
+    the images of its prompt lie, or None.
     """
 
     def __init__(self, request: request_lib.Request, index: int, table_pages: int):
@@ -55,9 +57,17 @@ class Row:
         self.marks: tuple[int, ...] = ()  # lengths behind which its state is kept
         self.cached = 0  # tokens of the prompt that were there when it first ran
         self.ran = False
+        self.laid: images_lib.Laid | None = None
         # The engine's: when it came, when it first had a slot, what makes text of ids.
         self.come_s, self.begun_s = 0.0, None
         self.answer: Any = None
+
+    def keys(self, start: int = 0, stop: int | None = None) -> Sequence[int]:
+        """What ids start .. stop are shared by: themselves, or their images."""
+        if self.laid is None:
+            return self.ids[start:stop]
+        prompt = self.laid.keys
+        return (*prompt[start:stop], *self.ids[max(start, len(prompt)) : stop])
 
     @property
     def said(self) -> int:
@@ -226,7 +236,7 @@ class Scheduler:
             if self.sharing and row.request.prompt_logprobs is None:
                 states = self._state_class > 0
                 nodes, there = self.prefix.match(
-                    row.request.salt, row.ids, states=states
+                    row.request.salt, row.keys(), states=states
                 )
             need = -(-(len(row.ids) + 1) // c) - len(nodes)
             # Copied before anything else is done, so it may be dropped meanwhile.
@@ -273,8 +283,8 @@ class Scheduler:
         while self.sharing and (len(row.nodes) + 1) * c <= known:
             at = len(row.nodes)
             parent = row.nodes[-1] if row.nodes else None
-            ids, page = tuple(row.ids[at * c : (at + 1) * c]), row.pages[0]
-            node, new = self.prefix.insert(row.request.salt, parent, ids, page)
+            keys, page = tuple(row.keys(at * c, (at + 1) * c)), row.pages[0]
+            node, new = self.prefix.insert(row.request.salt, parent, keys, page)
             row.pages.pop(0)
             row.nodes.append(node)
             if not new:  # another row computed the same page before: that one is kept

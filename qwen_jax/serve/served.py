@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen_jax import __version__
-from qwen_jax.data import chat, tokenizer
+from qwen_jax.data import chat, multimodal, tokenizer
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.serve import errors, grammar
 from qwen_jax.serve import request as request_lib
@@ -37,6 +37,7 @@ class Model(Protocol):
     template: chat.Template | None
     advised: dict[str, Any]
     stop_ids: tuple[int, ...]
+    sees: multimodal.Processor | None  # asked for where the spec has vision
 
 
 class Engine(Protocol):
@@ -44,6 +45,7 @@ class Engine(Protocol):
 
     max_tokens: int  # of a prompt and its answer
     weights: int  # how often they were exchanged
+    settings: Any  # device.Settings: how many images it takes, of what size
 
     def submit(
         self,
@@ -107,12 +109,14 @@ class Served:
 
     def card(self) -> dict[str, Any]:
         """The model as /v1/models tells it."""
+        sees = self.model.spec.vision is not None
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "qwen_jax",
             "max_model_len": self.engine.max_tokens,
+            "max_images": self.engine.settings.images if sees else 0,
         }
 
 

@@ -99,19 +99,20 @@ CASES = {
 }
 
 
-def reference(name, folder):
-    """A random model in transformers, saved to a folder; returns the torch model."""
+def reference(name, folder, marks=(IMAGE, VIDEO, START, END), **changes):
+    """A random model in transformers, saved to a folder; returns the torch model.
+    marks: ids; changes: of the text part."""
     import torch
     import transformers
 
     kind, text, tower, outer = CASES[name]
     made = getattr(transformers, f"{kind}Config")(
-        text_config=text,
+        text_config=text | changes,
         vision_config=tower,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
+        image_token_id=marks[0],
+        video_token_id=marks[1],
+        vision_start_token_id=marks[2],
+        vision_end_token_id=marks[3],
         **outer,
     )
     made._attn_implementation = "eager"

@@ -6,6 +6,8 @@ chromium); without either the file is skipped. The browser is not downloaded by
 playwright, and nothing but the test's own server is asked for anything.
 """
 
+import base64
+import io
 import json
 import os
 import re
@@ -358,6 +360,54 @@ def test_models_are_waited_for_and_picked(opened, server):
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
     ]
+
+
+def test_images_go_with_their_message(opened):
+    """Where the model takes some; large ones are made smaller, and one taken out."""
+    asked, Image = [], pytest.importorskip("PIL.Image")
+    cards = [{"id": "blind", "max_images": 0}, {"id": "sees", "max_images": 3}]
+
+    def before(page):
+        page.route("**/v1/models", lambda route: route.fulfill(json={"data": cards}))
+
+        def answer(route):
+            asked.append(json.loads(route.request.post_data)["messages"])
+            chunk = {"choices": [{"delta": {"content": "a square"}}]}
+            body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+            route.fulfill(body=body, content_type="text/event-stream")
+
+        page.route("**/v1/chat/completions", answer)
+
+    def file(name, size, kind="PNG"):
+        made = io.BytesIO()
+        Image.new("RGB", size, (255, 0, 0)).save(made, kind)
+        return {"name": name, "mimeType": "image/png", "buffer": made.getvalue()}
+
+    page = opened(before=before)
+    page.wait_for_selector("#send:enabled")
+    assert page.is_hidden("#attach")
+    page.select_option("#model", "sees")
+    assert page.is_visible("#attach")
+    page.set_input_files("#picture", [file("a", (40, 20)), file("b", (3000, 1500))])
+    page.wait_for_selector("#pictures button:nth-child(2)")
+    page.set_input_files("#picture", file("c", (9, 9)) | {"buffer": b"no image"})
+    sync_api.expect(page.locator("#status")).to_contain_text("no image")
+    page.click("#pictures button:first-child")
+    say(page, "what is it?")
+    (only,) = asked[0]
+    image, text = only["content"]
+    assert text == {"type": "text", "text": "what is it?"}
+    kind, _, data = image["image_url"]["url"].partition(",")
+    assert (image["type"], kind) == ("image_url", "data:image/jpeg;base64")
+    sent = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert sent.size == (1024, 512) and sent.getpixel((9, 9))[0] > 250
+    assert page.locator("#pictures img").count() == 0
+    assert page.locator(f"{LAST} .asked img").count() == 1
+    say(page, "and now?")  # the image is in the history, not in what is asked now
+    assert asked[1][0] == only and asked[1][2] == {
+        "role": "user",
+        "content": "and now?",
+    }
 
 
 def test_settings_reach_the_engine(opened, server):

@@ -12,7 +12,10 @@ const ENDS = {
   content_filter: "ended by the server's guard",
 };
 const at = (id) => document.getElementById(id);
-const turns = []; // {asked, thinking, content, view}
+const SIDE = 1024; // pixels: what is larger is made smaller before it is sent
+const turns = []; // {asked, pictures, thinking, content, view}
+let pictures = []; // data URIs of the images that go with the next message
+let models = {}; // id: what the server says of it
 let running = null; // {abort, stopped} of the answer that is coming
 
 /** An error in words for the person at the page. */
@@ -94,8 +97,16 @@ function element(tag, name = "", text = "") {
   return made;
 }
 
+/** An image of a data URI that was made here. */
+function shown(url) {
+  const made = new Image();
+  made.src = url;
+  made.alt = "An image of the message";
+  return made;
+}
+
 /** The elements of a turn, at the end of the log. */
-function viewOf(asked) {
+function viewOf(asked, pictures) {
   const view = {
     box: element("article"),
     thought: element("details", "thinking"),
@@ -107,7 +118,12 @@ function viewOf(asked) {
   };
   view.thought.append(view.summary, view.thinking);
   view.error.setAttribute("role", "alert");
-  view.box.append(element("div", "asked", asked), view.thought);
+  const said = element("div", "asked", asked);
+  if (pictures.length) {
+    said.append(element("div", "pictures"));
+    said.lastElementChild.append(...pictures.map(shown));
+  }
+  view.box.append(said, view.thought);
   view.box.append(view.content, view.error, view.figures);
   at("log").append(view.box);
   return view;
@@ -159,16 +175,23 @@ export async function* chunks(response) {
   }
 }
 
+/** What a turn's user says, as messages have it. */
+function saidIn({ asked, pictures }) {
+  if (!pictures.length) return asked;
+  const images = pictures.map((url) => ({ type: "image_url", image_url: { url } }));
+  return [...images, { type: "text", text: asked }];
+}
+
 /** The body of the request for a turn; turns that got no answer are left out. */
 function bodyOf(turn) {
   const messages = [];
   if (at("system").value.trim()) messages.push({ role: "system", content: at("system").value });
   for (const one of turns.slice(0, turns.indexOf(turn))) {
     if (!one.content && !one.thinking) continue;
-    messages.push({ role: "user", content: one.asked });
+    messages.push({ role: "user", content: saidIn(one) });
     messages.push({ role: "assistant", content: one.content });
   }
-  messages.push({ role: "user", content: turn.asked });
+  messages.push({ role: "user", content: saidIn(turn) });
   const body = { model: at("model").value, messages, stream: true };
   body.stream_options = { include_usage: true, continuous_usage_stats: true };
   for (const name of SAMPLING) {
@@ -257,6 +280,7 @@ async function listModels() {
     words = error.message;
     locked = error.status === 401;
   }
+  models = Object.fromEntries(cards.map((card) => [card.id, card]));
   const chosen = select.value;
   select.replaceChildren(...cards.map(({ id }) => new Option(id, id, false, id === chosen)));
   select.disabled = !cards.length;
@@ -279,6 +303,39 @@ function buttons() {
   at("clear").disabled = !turns.length;
   at("again").disabled = !turns.length || !ready;
   at("empty").hidden = turns.length > 0;
+  at("attach").hidden = !models[at("model").value]?.max_images;
+}
+
+/** Files as images of the next message, on white and no larger than SIDE. */
+async function attach(files) {
+  for (const file of files) {
+    const bitmap = await createImageBitmap(file).catch(() => null);
+    at("status").textContent = bitmap ? "" : "That is no image this browser can read.";
+    if (!bitmap) continue;
+    const share = Math.min(1, SIDE / Math.max(bitmap.width, bitmap.height));
+    const canvas = document.createElement("canvas");
+    canvas.width = Math.max(1, Math.round(bitmap.width * share));
+    canvas.height = Math.max(1, Math.round(bitmap.height * share));
+    const drawn = canvas.getContext("2d");
+    drawn.fillStyle = "white";
+    drawn.fillRect(0, 0, canvas.width, canvas.height);
+    drawn.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+    pictures.push(canvas.toDataURL("image/jpeg", 0.9));
+  }
+  drawPictures();
+}
+
+/** The images of the next message, each of which a click takes out. */
+function drawPictures() {
+  const made = pictures.map((url, i) => {
+    const button = element("button");
+    button.type = "button";
+    button.title = "Take this image out";
+    button.append(shown(url));
+    button.addEventListener("click", () => (pictures.splice(i, 1), drawPictures()));
+    return button;
+  });
+  at("pictures").replaceChildren(...made);
 }
 
 function stop() {
@@ -297,7 +354,9 @@ function send() {
   const asked = at("said").value;
   if (!asked.trim() || !may()) return;
   at("said").value = "";
-  turns.push({ asked, view: viewOf(asked) });
+  turns.push({ asked, pictures, view: viewOf(asked, pictures) });
+  pictures = [];
+  drawPictures();
   answer(turns.at(-1));
 }
 
@@ -327,6 +386,10 @@ const clicked = (id, act) => on(id, "click", () => (at("said").focus(), act()));
 on("ask", "submit", (event) => (event.preventDefault(), send()));
 on("sampling", "submit", (event) => event.preventDefault());
 on("key", "change", () => (store?.setItem(KEY, at("key").value.trim()), listModels()));
+on("model", "change", buttons);
+on("picture", "change", () => attach(at("picture").files).then(() => (at("picture").value = "")));
+on("said", "paste", (event) => at("attach").hidden || attach(event.clipboardData.files));
+clicked("attach", () => at("picture").click());
 clicked("stop", stop);
 clicked("clear", clear);
 clicked("again", () => turns.length && may() && answer(turns.at(-1)));
