@@ -20,7 +20,11 @@ def other_weights(spec=base.SPEC):
     return models.init(spec, 1)
 
 
-@pytest.mark.parametrize("spec", [base.SPEC, base.HYBRID], ids=["dense", "hybrid"])
+@pytest.mark.parametrize(
+    "spec",
+    [base.SPEC, pytest.param(base.HYBRID, marks=pytest.mark.slow)],
+    ids=["dense", "hybrid"],
+)
 def test_a_swap_drops_nothing_and_no_answer_is_of_two_models(spec):
     """What was asked before is answered by the old weights, what comes later by the
     new ones; pages of the old are not found again, nothing is compiled."""
