@@ -199,6 +199,13 @@ def _add_serve(verbs: Any) -> None:
     )
     add("--images", type=int, default=16, metavar="N", help="most of a request; or 0")
     add("--image_patches", type=int, default=4096, metavar="N", help="most of an image")
+    add(
+        "--drafts",
+        default="",
+        choices=("lookup", "mtp"),
+        help="several tokens a step: drafted from the text before, or by the MTP head",
+    )
+    add("--draft_tokens", type=int, default=3, metavar="N", help="a step (default: 3)")
     add("--requests_per_minute", type=int, default=0, metavar="N", help="of each key")
     add("--tokens_per_minute", type=int, default=0, metavar="N", help="of each key")
     add(

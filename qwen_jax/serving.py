@@ -72,6 +72,7 @@ def run(
             "--admin_port wants keys: give --admin_key_file FILE, or set "
             f"{gate.ADMIN_VARIABLE}"
         )
+    held = held_of(args)
     models = served_lib.Models()
     models.expect(name)
     settings = http.Settings(
@@ -85,12 +86,6 @@ def run(
     sock = listening.listen(args.host, args.port)
     server = listening.server(app, shutdown_s=args.shutdown_timeout_s)
     if make_engine is None:
-        held = device.Settings(
-            max_waiting=args.max_queue,
-            max_wait_s=args.max_wait_s,
-            images=args.images,
-            image_patches=args.image_patches,
-        )
 
         def make_engine(model: talk.Model) -> engine.Engine:
             return engine.Engine(
@@ -250,6 +245,18 @@ def say(text: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def held_of(args: argparse.Namespace) -> device.Settings:
+    """How much the flags say an engine holds."""
+    return device.Settings(
+        max_waiting=args.max_queue,
+        max_wait_s=args.max_wait_s,
+        images=args.images,
+        image_patches=args.image_patches,
+        drafts=args.drafts,
+        draft_tokens=args.draft_tokens,
+    )
 
 
 def guard_of(args: argparse.Namespace) -> guard.Guard | None:

@@ -7,8 +7,12 @@ Greedy answers of `new_tokens` to random prompts, prefill included, by
 - `engine`: all prompts handed to the engine at once, pages and scheduling included;
 - `queue`: to the engine one after another.
 And the time to the first token of a prompt of which 9/10 are in the engine's cache,
-beside one that is not there. In rounds, in random order, in one process; ratios are
-taken inside a round. Answers must be equal, or it is an error and not a time.
+beside one that is not there. And the engine with drafts by lookup beside the one
+without, where the model says the same again and again (weights that make it so, of the
+same shape: every draft is right, so it is the most that drafts can give) and where it
+says what comes (many drafts are wrong: what they cost). In rounds, in random order, in
+one process; ratios are taken inside a round. Answers must be equal, or it is an error
+and not a time.
 Formats: `--json FILE` writes the record: head (flags.py), shape, rows, first token.
 Units: seconds, tokens/s of all rows together.
 Raises: config.InputError for flags that do not fit.
@@ -17,6 +21,7 @@ Raises: config.InputError for flags that do not fit.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import random
 import shlex
@@ -86,7 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if found != answers["loop", count]:
             raise RuntimeError(f"{way} with {count} rows gives other tokens than loop")
     seconds, shares = {name: [] for name in runs}, []
-    first = {"cold": [], "cached": []}
+    first, drafts = {"cold": [], "cached": []}, _Drafts(world)
     draw = random.Random(0)
     for number in range(args.rounds):
         for name in draw.sample(list(runs), len(runs)):
@@ -100,10 +105,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         cold_s, cached_s = world.first()
         first["cold"].append(cold_s)
         first["cached"].append(cached_s)
+        drafts.round(draw)
         candidates.say(f"round {number + 1} of {args.rounds}")
     return {
         "rows": [_row(args, name, seconds) for name in seconds],
         "scheduler_share": statistics.median(shares),
+        "drafts": drafts.rows(),
         "first": {k: statistics.median(x) for k, x in first.items()}
         | {
             "times": statistics.median(
@@ -159,7 +166,7 @@ class _World:
             max_positions=longest,
             init_std=args.width**-0.5,  # so that the likeliest token is likely
         )
-        tree = models.init(self.spec)
+        self.tree = tree = models.init(self.spec)
         self.laid = decode.laid_out(self.spec, tree)
         settings = device.Settings(
             rows=args.rows,
@@ -208,7 +215,7 @@ class _World:
             told.append(token_b)
         return np.stack(told, axis=1).tolist()
 
-    def _requests(self, prompts, new_tokens):
+    def requests(self, prompts, new_tokens):
         from qwen_jax.serve import request
 
         self.count += 1
@@ -219,13 +226,13 @@ class _World:
         ]
 
     def engine(self, count: int) -> list[list[int]]:
-        requests = self._requests(self.prompts[:count], self.args.new_tokens)
+        requests = self.requests(self.prompts[:count], self.args.new_tokens)
         told = self.made.run(requests)
         return [[t for piece in told[r.id] for t in piece.ids] for r in requests]
 
     def queue(self, count: int) -> list[list[int]]:
         found = []
-        for one in self._requests(self.prompts[:count], self.args.new_tokens):
+        for one in self.requests(self.prompts[:count], self.args.new_tokens):
             pieces = self.made.run([one])[one.id]
             found.append([token for piece in pieces for token in piece.ids])
         return found
@@ -237,12 +244,75 @@ class _World:
         other = (*shared, *self.prompt(len(prompt) - len(shared)))
         seconds, salt = [], f"first-{self.count}"
         for one in (prompt, other):
-            (request,) = self._requests([one], 1)
+            (request,) = self.requests([one], 1)
             request = dataclasses.replace(request, salt=salt)
             began = time.perf_counter()
             self.made.run([request])
             seconds.append(time.perf_counter() - began)
         return seconds[0], seconds[1]
+
+
+class _Drafts:
+    """Engines with drafts by lookup and without, on two texts."""
+
+    def __init__(self, world: _World):
+        import jax
+
+        from qwen_jax.serve import engine
+
+        def still(path, x):
+            """Layers that add nothing: the next token is the last one."""
+            name = getattr(path[-1], "key", "")
+            return x * 0 if name in ("o_lnkd", "down_lfd") else x
+
+        repeating = jax.tree_util.tree_map_with_path(still, world.tree)
+        plain = world.made.settings
+        drafting = dataclasses.replace(plain, drafts="lookup")
+        self.world, self.seconds, self.made = world, {}, {}
+        self.drafts, self.accepted = collections.Counter(), collections.Counter()
+        for text, tree in (("repeating", repeating), ("any", world.tree)):
+            for way, settings in (("with", drafting), ("without", plain)):
+                made = engine.Engine(world.spec, tree, settings=settings, stop_ids=())
+                made.warm()
+                self.made[text, way] = made
+        for count in sorted({1, world.args.rows}):
+            for text in ("repeating", "any"):
+                # Once without a clock; the answers must agree.
+                found = [self.run(text, way, count) for way in ("with", "without")]
+                if found[0] != found[1]:
+                    raise RuntimeError(f"drafts change the answers ({text})")
+                self.seconds[text, count] = {"with": [], "without": []}
+
+    def run(self, text: str, way: str, count: int) -> list[list[int]]:
+        world = self.world
+        requests = world.requests(world.prompts[:count], world.args.new_tokens)
+        made = self.made[text, way]
+        before = made.load()
+        told, now = made.run(requests), made.load()
+        self.drafts[text, count] += now.drafts - before.drafts
+        self.accepted[text, count] += now.accepted - before.accepted
+        return [[t for piece in told[r.id] for t in piece.ids] for r in requests]
+
+    def round(self, draw: random.Random) -> None:
+        for (text, count), seconds in self.seconds.items():
+            for way in draw.sample(list(seconds), len(seconds)):
+                began = time.perf_counter()
+                self.run(text, way, count)
+                seconds[way].append(time.perf_counter() - began)
+
+    def rows(self) -> list[dict[str, Any]]:
+        found = []
+        for key, seconds in self.seconds.items():
+            text, count = key
+            tokens = count * self.world.args.new_tokens
+            pairs = zip(seconds["without"], seconds["with"], strict=True)
+            found.append(
+                {"text": text, "rows": count}
+                | {way: tokens / statistics.median(x) for way, x in seconds.items()}
+                | {"times": statistics.median(x / y for x, y in pairs)}
+                | {"acceptance": 1 + self.accepted[key] / max(self.drafts[key], 1)}
+            )
+        return found
 
 
 def report(record: dict) -> str:
@@ -265,6 +335,13 @@ def report(record: dict) -> str:
         f"first token: {first['cold'] * 1e3:.0f} ms, with 9/10 of the prompt cached "
         f"{first['cached'] * 1e3:.0f} ms ({first['times']:.1f}x)",
         f"scheduler: {share:.1%} of a step",
+        *(
+            f"drafts by lookup, {one['text']} text, {one['rows']} rows: "
+            f"{one['with']:.0f} tokens/s for {one['without']:.0f} "
+            f"({one['times']:.2f}x), {one['acceptance']:.2f} tokens of a row in a step "
+            "that checks"
+            for one in record["drafts"]
+        ),
     )
     return "\n".join(lines)
 

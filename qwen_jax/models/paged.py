@@ -10,9 +10,10 @@ each row that runs.
     hidden_btd, pages = hidden(spec, params, tokens_bt, real_bt, pages, places)
 
 serves decoding (t = 1) and pieces of prompts (t a multiple of c, from a page's border
-on), padding on the right. Images among the tokens of a piece come as features, which
-take the tokens' places (`Shown`); rows that go on behind them tell their shift. Page 0
-and the last slot are nobody's: what has no place is written there.
+on), padding on the right; with `trial` a few tokens of each row from any place on, of
+which `settled` then says how many stay. Images among the tokens of a piece come as
+features, which take the tokens' places (`Shown`); rows that go on behind them tell
+their shift. Page 0 and the last slot are nobody's: what has no place is written there.
 
 Shapes: k_nhkc and v_nhck with n pages for each attention layer; layers with a window
 keep all of their pages, too, and look at the near ones only. Linear layers: the state
@@ -46,6 +47,8 @@ class Pages:
     attention: list[dict[str, jax.Array]]
     delta: list[dict[str, jax.Array]]
     tail_rj: jax.Array
+    mtp: dict[str, jax.Array] | None = None  # of the MTP head: see `paged_mtp.py`
+    hidden_rd: jax.Array | None = None
 
     @property
     def page_tokens(self) -> int:
@@ -112,8 +115,11 @@ def init(
     page_tokens: int,
     slots: int,
     rules: mesh.Rules | None = None,
+    *,
+    mtp: bool = False,
 ) -> Pages:
-    """Empty pools of `pages` pages, page 0 among them, and states of `slots` rows."""
+    """Empty pools of `pages` pages, page 0 among them, and states of `slots` rows; with
+    `mtp` those of the MTP head as well."""
     check(spec)
     rules = rules or mesh.Rules()
     dtype, h, k = jnp.dtype(spec.compute_dtype), spec.num_kv_heads, spec.head_width
@@ -122,26 +128,27 @@ def init(
     def zeros(*shape):
         return mesh.reshard(jnp.zeros(shape, dtype), layout)
 
-    mixers = [kind.mixer for kind in spec.kinds]
-    attention = [
-        {
+    def pool():
+        return {
             "k_nhkc": zeros(pages, h, k, page_tokens),
             "v_nhck": zeros(pages, h, page_tokens, k),
         }
-        for mixer in mixers
-        if mixer == "attention"
-    ]
+
+    mixers = [kind.mixer for kind in spec.kinds]
+    attention = [pool() for mixer in mixers if mixer == "attention"]
     delta, tail_rj = [], jnp.zeros((slots + 1, 0), jnp.int32)
     if "delta" in mixers:
         for _ in range(mixers.count("delta")):
             delta.append(delta_lib.fresh(spec, slots + 1, dtype, rules))
             tail_rj = delta[-1].pop("segments_bj")
-    return Pages(attention, delta, tail_rj)
+    hidden_rd = jnp.zeros((slots + 1, spec.width), dtype)
+    more = {"mtp": pool(), "hidden_rd": hidden_rd} if mtp else {}
+    return Pages(attention, delta, tail_rj, **more)
 
 
-def page_bytes(spec: spec_lib.Spec, page_tokens: int) -> int:
-    """Bytes of one page in all layers."""
-    layers = sum(kind.mixer == "attention" for kind in spec.kinds)
+def page_bytes(spec: spec_lib.Spec, page_tokens: int, *, mtp: bool = False) -> int:
+    """Bytes of one page in all layers, with `mtp` in that of the MTP head as well."""
+    layers = sum(kind.mixer == "attention" for kind in spec.kinds) + mtp
     item = jnp.dtype(spec.compute_dtype).itemsize
     return 2 * layers * spec.num_kv_heads * spec.head_width * page_tokens * item
 
@@ -157,9 +164,10 @@ def hidden(
     shown: Shown | None = None,
     rules: mesh.Rules | None = None,
     way: str = "",
-) -> tuple[jax.Array, Pages]:
+    trial: bool = False,
+) -> tuple[jax.Array, ...]:
     """Hidden states [b, t, d] of new tokens, after the last norm, and the pages with
-    them in.
+    them in; with `trial` also what `settled` needs, linear states being as they were.
 
     Args:
       spec: what the model is.
@@ -171,21 +179,17 @@ def hidden(
       shown: images among the tokens.
       rules: dims -> mesh axes.
       way: over the pages; "" takes the one of the platform.
+      trial: t and `length_b` are whatever they are, t is small.
     """
     rules = rules or mesh.Rules()
-    t = tokens_bt.shape[1]
     see = {"images": None, "videos": None, "rules": rules, "saved": None}
     x, _ = decoder.embed_tokens(spec, params, tokens_bt, real_bt, **see)
-    at_bt = places.length_b[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
-    if places.shift_b is not None:
-        at_bt = at_bt + places.shift_b[:, None]
-        places = places.replace(shift_b=None)
+    angles, places = angles_of(spec, places, tokens_bt.shape[1])
     deep = ()
     if shown is not None:
-        at_bt = shown.positions_3bt
+        angles = rope.angles(spec, shown.positions_3bt)
         x = _put_in(x, shown.features_fd, shown.index_bt, rules, add=False)
         deep = () if shown.deep_lfd is None else shown.deep_lfd
-    angles = rope.angles(spec, at_bt)
     way = way or page_ways.here()
     mix = functools.partial(
         attention,
@@ -194,11 +198,10 @@ def hidden(
         spec=spec,
         rules=rules,
         way=way,
+        trial=trial,
     )
-    take, put = _by_slot()
-    tail_bj = take(pages.tail_rj, places.slot_b)
-    tail_bj = jnp.where((places.length_b > 0)[:, None], tail_bj, 0)
-    held, states, new, after = iter(pages.attention), iter(pages.delta), [], []
+    held, new, after, inputs = iter(pages.attention), [], [], []
+    states = iter(_states(pages, places))
     for i, (kind, p) in enumerate(zip(spec.kinds, params["layers"], strict=True)):
         y_btd, inject = streams.enter(p[streams.names(spec)[0]], x, spec, rules)
         if kind.mixer == "attention":
@@ -207,24 +210,26 @@ def hidden(
             )
             new.append(mine)
         else:
-            state_r = next(states)
-            state = {k: take(s, places.slot_b) for k, s in state_r.items()}
-            state["segments_bj"] = tail_bj
             y_btd, state = delta_lib.mix(
-                p["delta"], y_btd, real_bt, state, spec=spec, rules=rules
+                p["delta"],
+                y_btd,
+                real_bt,
+                next(states),
+                spec=spec,
+                rules=rules,
+                keep=trial,
             )
-            after.append(
-                {k: put(s, places.slot_b, state[k]) for k, s in state_r.items()}
-            )
+            inputs.append(state.pop("inputs", None))
+            after.append(state)
         x = streams.leave(x, y_btd, inject)
         x, _ = decoder.feed_forward(p, x, real_bt, spec, rules, kind)
         if i < len(deep):
             x = _put_in(x, deep[i], shown.index_bt, rules, add=True)
-    tail_rj = pages.tail_rj
-    if after:
-        tail_bj = delta_lib.tail_segments(tail_bj, real_bt)
-        tail_rj = put(tail_rj, places.slot_b, tail_bj)
-    return streams.end(params, x, spec, rules), Pages(new, after, tail_rj)
+    x = streams.end(params, x, spec, rules)
+    pages = pages.replace(attention=new)
+    if trial:
+        return x, pages, inputs
+    return x, _put(pages, after, real_bt, places)
 
 
 def _put_in(x_btd, features_fd, index_bt, rules, *, add: bool):
@@ -242,8 +247,64 @@ def _put_in(x_btd, features_fd, index_bt, rules, *, add: bool):
     )
 
 
-def _by_slot():
-    """(states of the rows of a call, the states with theirs in)."""
+def angles_of(spec, places, t: int):
+    """(cos and sin of t tokens of each row, the places without a shift)."""
+    at_bt = places.length_b[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+    if places.shift_b is not None:
+        at_bt = at_bt + places.shift_b[:, None]
+    return rope.angles(spec, at_bt), places.replace(shift_b=None)
+
+
+def settled(
+    spec: spec_lib.Spec,
+    params: dict[str, Any],
+    pages: Pages,
+    inputs: list[dict[str, jax.Array]],
+    real_bt: jax.Array,
+    places: Places,
+    rules: mesh.Rules,
+) -> Pages:
+    """The pages after a trial of which the tokens of `real_bt` stay, the first ones of
+    each row: the linear layers' rule is run again over these. Keys and values of others
+    are behind the end of their row, where nothing looks and the next are written."""
+    layers = [params["layers"][i]["delta"] for i in spec.layers_with("delta")]
+    parts = zip(layers, inputs, _states(pages, places), strict=True)
+    after = [delta_lib.run(*part[:2], real_bt, part[2], rules)[1] for part in parts]
+    return _put(pages, after, real_bt, places)
+
+
+def _states(pages, places):
+    """What each linear layer keeps of the rows of a call."""
+    (take, _), tail = by_slot(), {"segments_bj": _tail(pages, places)}
+    return [
+        {k: take(s, places.slot_b) for k, s in state_r.items()} | tail
+        for state_r in pages.delta
+    ]
+
+
+def _tail(pages, places):
+    """Segments of the filters' last inputs; none at the beginning of a row."""
+    tail_bj = by_slot()[0](pages.tail_rj, places.slot_b)
+    return jnp.where((places.length_b > 0)[:, None], tail_bj, 0)
+
+
+def _put(pages, after, real_bt, places):
+    """The pages with new states of the rows of a call."""
+    if not after:
+        return pages
+    put = by_slot()[1]
+    tail_bj = delta_lib.tail_segments(_tail(pages, places), real_bt)
+    delta = [
+        {k: put(s, places.slot_b, new[k]) for k, s in state_r.items()}
+        for state_r, new in zip(pages.delta, after, strict=True)
+    ]
+    tail_rj = put(pages.tail_rj, places.slot_b, tail_bj)
+    return pages.replace(delta=delta, tail_rj=tail_rj)
+
+
+def by_slot():
+    """Two functions of states, one a slot, and the slots of rows: (states of the rows
+    of a call, the states with theirs in)."""
 
     def lies_of(x):
         return jax.typeof(x).sharding.spec if mesh.active() else None
@@ -266,7 +327,19 @@ def _by_slot():
 
 
 def attention(
-    p, x_btd, cos_btk, sin_btk, held, *, real_bt, places, spec, rules, way, window
+    p,
+    x_btd,
+    cos_btk,
+    sin_btk,
+    held,
+    *,
+    real_bt,
+    places,
+    spec,
+    rules,
+    way,
+    window,
+    trial=False,
 ):
     """One layer over new tokens and the pages of their rows: (y_btd, the pools)."""
     q_btnk, k_bthk, v_bthk = attn.project(p, x_btd, cos_btk, sin_btk, spec, rules)
@@ -275,7 +348,7 @@ def attention(
     pools = dict.fromkeys(held, rules.pspec(None, "kv_heads", None, None))
     where = Places(jax.P(None, None), jax.P(None), jax.P(None))
     run = mesh.local(
-        functools.partial(_local, way=way, window=window),
+        functools.partial(_local, way=way, window=window, trial=trial),
         inputs=(heads, kv_heads, kv_heads, pools, jax.P(None, None), where),
         out=(heads, pools),
     )
@@ -283,21 +356,23 @@ def attention(
     return attn.merge(p, out_btnk, x_btd, spec, rules), held
 
 
-def _local(q_btnk, k_bthk, v_bthk, held, real_bt, places, *, way, window):
-    held = _written(held, k_bthk, v_bthk, real_bt, places)
+def _local(q_btnk, k_bthk, v_bthk, held, real_bt, places, *, way, window, trial):
+    held = written(held, k_bthk, v_bthk, real_bt, places, trial)
     over = page_ways.WAYS[way]
     return over(q_btnk, held, real_bt, places, window), held
 
 
-def _written(held, k_bthk, v_bthk, real_bt, places):
-    """The pools with new tokens in."""
+def written(held, k_bthk, v_bthk, real_bt, places, trial):
+    """The pools with new tokens in; with `trial` they may begin inside a page."""
     (b, t), c = real_bt.shape, held["v_nhck"].shape[2]
     first_b = places.length_b // c
     rows = jnp.arange(b)
-    if t == 1:
-        page_b = jnp.where(real_bt[:, 0] > 0, places.table_bp[rows, first_b], 0)
-        at_b = places.length_b % c
-        return _one_each(held, k_bthk[:, 0], v_bthk[:, 0], page_b, at_b)
+    if t == 1 or trial:
+        at_bt = places.length_b[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+        page_bt = jnp.take_along_axis(places.table_bp, at_bt // c, 1, mode="clip")
+        page_bt = jnp.where(real_bt > 0, page_bt, 0)
+        flat = (x.reshape(b * t, *x.shape[2:]) for x in (k_bthk, v_bthk))
+        return _one_each(held, *flat, page_bt.reshape(-1), (at_bt % c).reshape(-1))
     count = t // c
     index_bj = first_b[:, None] + jnp.arange(count)[None]
     page_bj = places.table_bp[rows[:, None], index_bj]

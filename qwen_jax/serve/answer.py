@@ -8,6 +8,8 @@ were asked for.
 Raises: nothing.
 """
 
+import numpy as np
+
 from qwen_jax.data import reply, tokenizer
 from qwen_jax.serve import request as request_lib
 
@@ -64,3 +66,26 @@ class Answer:
             if word is not None:
                 return told
         return told + self._watch.end()
+
+
+def logprobs(told, ids, top: int, count: int) -> list[request_lib.Logprob]:
+    """Records of `count` places, of what a program told of them."""
+    chosen, best, names = (
+        np.asarray(x) for x in (told.chosen_b, told.top_bk, told.ids_bk)
+    )
+    return [
+        request_lib.Logprob(
+            int(ids[i]),
+            float(chosen[i]),
+            tuple(
+                (int(k), float(x))
+                for k, x in zip(names[i, :top], best[i, :top], strict=True)
+            ),
+        )
+        for i in range(count)
+    ]
+
+
+def fault(error: Exception) -> str:
+    """What callers are told of an error: no path, no stack."""
+    return f"{type(error).__name__} while answering"

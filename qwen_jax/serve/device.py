@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from qwen_jax.models import spec as spec_lib
 from qwen_jax.serve import programs, scheduler, sight
 from qwen_jax.serve import request as request_lib
 
+UNMEASURED = 0.5  # draft_cost
+DRAFTS, MOST_DRAFTS = ("", "lookup", "mtp"), 16
 log = logging.getLogger("qwen_jax.serve")
 
 
@@ -44,7 +47,12 @@ class Settings:
     embeddings: compile what vectors of documents need, too (for models without a head
     always). images: most of a request, for models that see; 0 leaves their eyes shut.
     image_patches: most of an image. image_bytes: pixels of all requests in flight; one
-    that passes it alone is taken when no other has images.
+    that passes it alone is taken when no other has images. drafts: where ids to be
+    checked several at once come from, "lookup" (what stood in prompt and answer before)
+    or "mtp" (the model's head), "" for none; draft_tokens: most of them for a row in a
+    step; draft_rows: with more rows running there are none; draft_cost: what checking
+    them takes longer than a step without, in such steps, None for what is measured when
+    warm.
     """
 
     rows: int = 16
@@ -60,18 +68,35 @@ class Settings:
     images: int = 16
     image_patches: int = 4096
     image_bytes: int = 2 << 30
+    drafts: str = ""
+    draft_tokens: int = 3
+    draft_rows: int = 8
+    draft_cost: float | None = None
 
     def __post_init__(self):
-        for name in ("rows", "page_tokens", "piece", "max_waiting", "image_patches"):
+        for name in (
+            *("rows", "page_tokens", "piece", "max_waiting", "image_patches"),
+            *("draft_tokens", "draft_rows"),
+        ):
             if getattr(self, name) < 1:
                 raise config.InputError(
                     f"{name}={getattr(self, name)}: wanted at least 1"
                 )
-        for name in ("max_wait_s", "images"):
-            if not getattr(self, name) >= 0:
+        for name in ("max_wait_s", "images", "draft_cost"):
+            if not (getattr(self, name) or 0) >= 0:
                 raise config.InputError(
                     f"{name}={getattr(self, name)}: wanted 0 or more"
                 )
+        if self.draft_tokens > MOST_DRAFTS:
+            raise config.InputError(
+                f"draft_tokens={self.draft_tokens}: wanted at most {MOST_DRAFTS}; more "
+                "are hardly ever right"
+            )
+        if self.drafts not in DRAFTS:
+            raise config.InputError(
+                f"drafts={self.drafts!r}: wanted lookup, mtp, or nothing for none"
+                f"{config.nearest(self.drafts, DRAFTS[1:])}"
+            )
         if self.piece % self.page_tokens:
             raise config.InputError(
                 f"piece={self.piece}: wanted a multiple of page_tokens="
@@ -91,8 +116,12 @@ class Settings:
         """Pages of the pool, page 0 among them."""
         if self.pages:
             return self.pages
-        room = self.memory_bytes // paged.page_bytes(spec, self.page_tokens)
+        room = self.memory_bytes // self.page_bytes(spec)
         return min(room, self.rows * -(-self.longest(spec) // self.page_tokens)) + 1
+
+    def page_bytes(self, spec: spec_lib.Spec) -> int:
+        """Bytes of a page in all layers."""
+        return paged.page_bytes(spec, self.page_tokens, mtp=self.drafts == "mtp")
 
     def row_buckets(self) -> tuple[int, ...]:
         """Numbers of rows that decoding is compiled for."""
@@ -105,6 +134,13 @@ class Settings:
         """Likewise with `programs.Extras`, which are wanted less often: every other."""
         buckets = self.row_buckets()
         return (*buckets[:-1:2], buckets[-1])
+
+    def draft_buckets(self) -> tuple[int, ...]:
+        """Numbers of rows that checking drafts is compiled for: every other, too."""
+        if not self.drafts:
+            return ()
+        most = min(self.rows, self.draft_rows)
+        return dataclasses.replace(self, rows=most).full_buckets()
 
     def piece_buckets(self) -> tuple[int, ...]:
         """Sizes of pieces that prompts are computed in."""
@@ -146,6 +182,11 @@ class Device:
         rules: mesh.Rules | None,
     ):
         paged.check(spec)
+        if settings.drafts == "mtp" and not spec.mtp_layers:
+            raise config.InputError(
+                "drafts='mtp': this model has no MTP head (mtp_layers=0); use "
+                "drafts='lookup', which any model can"
+            )
         self.spec, self.settings = spec, settings
         self.rules = dataclasses.replace(rules or mesh.Rules(), batch=None)
         self.table_pages = -(-settings.longest(spec) // settings.page_tokens)
@@ -153,7 +194,7 @@ class Device:
         if self.pool < 2:
             raise config.InputError(
                 f"memory_bytes={settings.memory_bytes} holds no page of "
-                f"{paged.page_bytes(spec, settings.page_tokens):,} bytes"
+                f"{settings.page_bytes(spec):,} bytes"
             )
         self.state_units = paged.state_units(spec, settings.page_tokens)
         self.max_tokens = min(
@@ -167,6 +208,7 @@ class Device:
             buckets = settings.patch_buckets(spec.vision)
             self._sight = sight.Sight(buckets, settings.piece, self._how)
         self._free_masks: dict[int, np.ndarray] = {}
+        self._draft_costs: dict[int, float] = {}  # by bucket, as measured
         self.empty()
 
     def empty(self) -> None:
@@ -180,6 +222,7 @@ class Device:
                     settings.page_tokens,
                     settings.rows,
                     self.rules,
+                    mtp=settings.drafts == "mtp",
                 ),
                 programs.extras(settings.rows, self.spec.vocab_size),
                 jnp.zeros(settings.rows + 1, jnp.int32),
@@ -237,20 +280,20 @@ class Device:
             np.array([now.start], np.int32),
             np.array([row.slot], np.int32),
         )
-        count, told, shown = np.int32(now.count), None, None
+        shown = None
         if self._sight is not None:
             shown = self._sight.show(self._params, row, now.start, now.count, size)
-        operands = (self._params, self._pages, tokens_1t)
+        known_1, told = np.array([now.start > row.begins], np.int32), None
+        operands = (self._params, self._pages, tokens_1t, np.int32(now.count))
+        operands += (known_1, places, shown)
         if row.request.prompt_logprobs is None or row.said:
-            logits_1v, self._pages = programs.prefill(
-                *operands, count, places, shown, **self._how
-            )
+            logits_1v, self._pages = programs.prefill(*operands, **self._how)
         else:
             next_t = np.zeros(size, np.int32)
             after = row.ids[now.start + 1 : now.start + now.count + 1]
             next_t[: len(after)] = after
             logits_1v, told, self._pages = programs.prompt_scores(
-                *operands, next_t, count, places, shown, **self._how
+                *operands, next_t, **self._how
             )
         if now.last and (is_full(row) or row.slot in self._biased):
             self._begin(row)
@@ -299,6 +342,63 @@ class Device:
         self._extras = kept if full else self._extras
         return token_b, told
 
+    def verify(self, rows: list[scheduler.Row], count_b, drafts_bi):
+        """Ids that were drafted for rows (None: by the MTP head now), checked: (ids
+        [b, i + 1], how many of them are the next of each row [b])."""
+        b = next(b for b in self.settings.draft_buckets() if b >= len(rows))
+        feed, _ = self._feed(rows, b, False)
+        more = b - len(rows)
+        count_b = np.pad(count_b, (0, more))
+        if drafts_bi is None:
+            drafts_bi = self._draft(feed, count_b)
+        else:
+            drafts_bi = np.pad(drafts_bi, ((0, more), (0, 0)))
+        return self._verify(feed, drafts_bi, count_b)
+
+    def _draft(self, feed, count_b):
+        most = self.settings.draft_tokens
+        drafts_bi, self._pages = programs.draft(
+            self._params, self._pages, feed, count_b, most=most, **self._how
+        )
+        return drafts_bi
+
+    def _verify(self, feed, drafts_bi, count_b):
+        token_bt, kept_b, self._pages, self._last_s = programs.verify(
+            self._params,
+            self._pages,
+            self._last_s,
+            feed,
+            drafts_bi,
+            count_b,
+            **self._how,
+        )
+        return token_bt, kept_b
+
+    def draft_cost(self, rows: int) -> float:
+        """What checking drafts of so many rows takes longer than a step, in steps."""
+        if self.settings.draft_cost is not None:
+            return self.settings.draft_cost
+        near = [b for b in self._draft_costs if b >= rows]
+        return self._draft_costs[min(near)] if near else UNMEASURED
+
+    def _measure_drafts(self) -> None:
+        """How long steps with drafts and without take, of rows that are nobody's: what
+        attention costs is about the same in both and not counted."""
+
+        def least_s(run) -> float:
+            times_s = []
+            for _ in range(5):
+                began = time.perf_counter()
+                jax.block_until_ready(run())
+                times_s.append(time.perf_counter() - began)
+            return min(times_s)
+
+        for b in self.settings.draft_buckets():
+            plain_s = least_s(lambda b=b: self._decode(False, *self._feed([], b, 0)))
+            ratio = least_s(lambda b=b: self._warm_drafts(b)) / plain_s
+            self._draft_costs[b] = max(ratio - 1, 0.0)
+            log.info("drafts of %d rows: a step takes %.2f times as long", b, ratio)
+
     def _begin(self, row: scheduler.Row) -> None:
         """Counts and biases of a row into its slot."""
         counts_v = np.zeros(self.spec.vocab_size, np.int32)
@@ -316,14 +416,14 @@ class Device:
 
     def _feed(self, rows: list[scheduler.Row], b: int, full: bool):
         """What the host tells of rows: (Feed, masks or None)."""
-        token_b, real_b, step_b, length_b = np.zeros((4, b), np.int32)
+        token_b, real_b, step_b, known_b, length_b = np.zeros((5, b), np.int32)
         slot_b = np.full(b, self.settings.rows, np.int32)
         table_bp = np.zeros((b, self.table_pages), np.int32)
         for i, row in enumerate(rows):
             token_b[i] = -1 if row.ahead else row.ids[-1]
-            real_b[i], step_b[i] = 1, row.said
+            real_b[i], step_b[i], known_b[i] = 1, row.said, row.length > row.begins
             length_b[i], slot_b[i], table_bp[i] = row.length, row.slot, row.table
-        key = (b, *((row.request.id, row.index) for row in rows))
+        key = (b, *rows)  # not their ids, which may come again with other wishes
         if self._wishes[0] != key:
             wishes = [
                 dataclasses.replace(
@@ -339,7 +439,7 @@ class Device:
             shift_b = np.zeros(b, np.int32)
             shift_b[: len(rows)] = [row.laid.shift if row.laid else 0 for row in rows]
         places = paged.Places(table_bp, length_b, slot_b, shift_b)
-        feed = programs.Feed(token_b, real_b, step_b, places, self._wishes[1])
+        feed = programs.Feed(token_b, real_b, step_b, known_b, places, self._wishes[1])
         return feed, self._masks(rows, b) if full else None
 
     def _masks(self, rows: list[scheduler.Row], b: int) -> np.ndarray:
@@ -392,6 +492,7 @@ class Device:
             ("a first id", (1,), lambda _: self._warm_first()),
             ("rows", rows[False], lambda b: self._decode(False, *self._feed([], b, 0))),
             ("rows", rows[True], lambda b: self._decode(True, *self._feed([], b, 1))),
+            ("drafts", settings.draft_buckets(), self._warm_drafts),
         ]
         count, done = sum(len(sizes) for _, sizes, _ in steps), 0
         for name, sizes, run in steps:
@@ -399,6 +500,7 @@ class Device:
                 done += 1
                 log.info("compiling %d of %d: %s of %d", done, count, name, size)
                 run(size)
+        self._measure_drafts()
 
     def _warm_piece(self, size: int) -> None:
         places = paged.Places(
@@ -407,17 +509,24 @@ class Device:
             np.array([self.settings.rows], np.int32),  # nobody's
         )
         tokens_1t, next_t = np.zeros((1, size), np.int32), np.zeros(size, np.int32)
-        count, shown = np.int32(1), None
+        shown = None
         if self._sight is not None:
             text = scheduler.Row(request_lib.Request("", (0,), 1), 0, self.table_pages)
             shown = self._sight.show(self._params, text, 0, 1, size)
-        rest = (count, places, shown)
-        _, self._pages = programs.prefill(
-            self._params, self._pages, tokens_1t, *rest, **self._how
-        )
+        more = tokens_1t, np.int32(1), np.zeros(1, np.int32), places, shown
+        _, self._pages = programs.prefill(self._params, self._pages, *more, **self._how)
         _, _, self._pages = programs.prompt_scores(
-            self._params, self._pages, tokens_1t, next_t, *rest, **self._how
+            self._params, self._pages, *more, next_t, **self._how
         )
+
+    def _warm_drafts(self, b: int):
+        drafts_bi = np.zeros((b, self.settings.draft_tokens), np.int32)
+        count_b = np.zeros(b, np.int32)
+        feed, _ = self._feed([], b, False)
+        if self.settings.drafts == "mtp":
+            # Made by the device they are another kind of array than the host's.
+            drafts_bi = self._draft(feed, count_b)
+        return self._verify(feed, drafts_bi, count_b)
 
     def _warm_state(self, units: int) -> None:
         where = np.int32(self.settings.rows), np.int32(0)
@@ -439,5 +548,5 @@ class Device:
 def compiled() -> int:
     """Programs compiled so far, of all engines."""
     every = ("decode", "prefill", "prompt_scores", "first", "begin", "embedding")
-    every += ("save", "restore", "look")
+    every += ("save", "restore", "look", "verify", "draft")
     return sum(getattr(programs, name)._cache_size() for name in every)

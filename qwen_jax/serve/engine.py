@@ -38,6 +38,7 @@ from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.serve import answer as answer_lib
 from qwen_jax.serve import device as device_lib
+from qwen_jax.serve import drafts as drafts_lib
 from qwen_jax.serve import images, pace, programs, scheduler
 from qwen_jax.serve import request as request_lib
 
@@ -87,6 +88,7 @@ class Engine:
         self._mesh = jax.sharding.get_mesh()
         self._device = device_lib.Device(spec, params, self.settings, rules)
         self.max_tokens = self._device.max_tokens
+        self._drafts = drafts_lib.Drafts(self.settings, self._device.draft_cost)
         self._lock = threading.Condition()
         self._clock = clock
         # Requests that came since the last step, and when.
@@ -108,7 +110,8 @@ class Engine:
 
     def _empty(self) -> None:
         """Queue and rows as at the start."""
-        # Steps whose ids are not known yet: (rows, ids, told).
+        # Steps whose ids are not known yet: (rows, ids, told, and where drafts were
+        # checked how many of the ids are the rows' and how many were drafted).
         self._flying: collections.deque[tuple] = collections.deque()
         units = self._device.state_units
         recurrent = any(kind.mixer == "delta" for kind in self.spec.kinds)
@@ -179,30 +182,14 @@ class Engine:
             raise config.InputError(
                 "this model has no head for tokens: it embeds and does not answer"
             )
-        most = len(request.prompt) + request.max_tokens
-        if most > self.max_tokens:
-            raise config.InputError(
-                f"a prompt of {len(request.prompt)} tokens and max_tokens="
-                f"{request.max_tokens} pass the {self.max_tokens} that fit here"
-            )
-        self._check_ids(request.prompt, "the prompt")
+        fits = {"vocab_size": self.spec.vocab_size, "max_tokens": self.max_tokens}
+        request_lib.check(request, **fits, texts=self.tokenizer is not None)
         images.check(self.spec, request, self.settings)
-        self._check_ids(tuple(request.logit_bias), "logit_bias")
-        if request.stop and self.tokenizer is None:
-            raise config.InputError("stop texts need an engine with a tokenizer")
 
     def _wait_s(self, n: int) -> float:
         plan, new = self._scheduler, [request for request, _ in self._new]
         rows = [*plan.running, *plan.waiting]
         return self._pace.wait_s(n, computing=self._pieced, new=new, rows=rows)
-
-    def _check_ids(self, ids: Sequence[int], name: str) -> None:
-        if ids and not 0 <= min(ids) <= max(ids) < self.spec.vocab_size:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise config.InputError(
-                f"{name} holds id {wrong}, the model's ids are 0 to "
-                f"{self.spec.vocab_size - 1}"
-            )
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """The vector of each document's ids, of length 1: float32 [documents, d].
@@ -217,7 +204,7 @@ class Engine:
                 raise config.InputError(
                     f"a document of {len(ids)} tokens: wanted 1 to {self.max_tokens}"
                 )
-            self._check_ids(ids, "the document")
+            request_lib.check_ids(ids, "the document", self.spec.vocab_size)
         with jax.set_mesh(self._mesh):
             made = [self._device.embed(ids) for ids in prompts]
         return np.array(made, np.float32).reshape(len(made), self.spec.width)
@@ -272,6 +259,7 @@ class Engine:
                 preempted=plan.preempted,
                 compiled=device_lib.compiled(),
                 wait_s=self._wait_s(1),
+                **self._drafts.counts(),
             )
 
     def generate(
@@ -395,8 +383,11 @@ class Engine:
         with self._lock:
             self._take_in()
             self._swapped()
-            masked = any(row.answer.matcher for row in self._scheduler.running)
-        if masked:  # what may come next depends on what came
+            running = self._scheduler.running
+            masked = any(row.answer.matcher for row in running)
+            hopes = self._drafts.hopes(running)
+        # What may come next depends on what came: masks, drafts, how many were right.
+        if masked or hopes or any(flight[3] for flight in self._flying):
             self._land(0)
         with self._lock:
             plan = self._scheduler.plan()
@@ -416,10 +407,11 @@ class Engine:
             self._device.restore(row)
         if plan.prefill is not None:
             self._prefill(plan.prefill)
+        before = len(self._flying)
         if plan.decode:
             self._decode(plan.decode)
         # Ids of this step's decoding are looked at when the next one is under way.
-        self._land(1 if plan.decode else 0)
+        self._land(len(self._flying) - before)
         return True
 
     @property
@@ -446,7 +438,7 @@ class Engine:
                 try:
                     row.answer = answer_lib.Answer(request, stop_ids, self.tokenizer)
                 except Exception as error:  # noqa: BLE001 - a grammar of the caller's
-                    self._end(row, request_lib.ERROR, error=_told(error))
+                    self._end(row, request_lib.ERROR, error=answer_lib.fault(error))
                     continue
                 self._scheduler.add(row)
         for name in self._cancelled:
@@ -480,7 +472,7 @@ class Engine:
         if told is not None:
             after = row.ids[now.start + 1 : now.start + now.count + 1]
             top = row.request.prompt_logprobs
-            row.answer.prompt += _logprobs(told, after, top, len(after))
+            row.answer.prompt += answer_lib.logprobs(told, after, top, len(after))
         row.length, self._pieced = row.length + now.count, now.count
         with self._lock:
             self._scheduler.share(row)
@@ -491,52 +483,70 @@ class Engine:
             self._flies([row], *self._device.first(row, logits_1v))
 
     def _decode(self, rows: list[scheduler.Row]) -> None:
-        """One token of each row."""
-        ids = self._device.decode(rows)
-        for row in rows:
-            row.length += 1
-        self._flies(rows, *ids)
+        """One token of each row, or with drafts of some rows several."""
+        with self._lock:
+            checked = self._drafts.plan(rows, self._scheduler.reach)
+        if checked is not None:
+            some, count_b, drafts_bi = checked
+            token_bt, kept_b = self._device.verify(some, count_b, drafts_bi)
+            self._flies(some, token_bt, None, (kept_b, count_b))
+            rows = [row for row in rows if row not in some]
+        if rows:
+            ids = self._device.decode(rows)
+            for row in rows:
+                row.length += 1
+            self._flies(rows, *ids)
 
-    def _flies(self, rows: list[scheduler.Row], token_b, told) -> None:
-        """One id of each row is on its way."""
+    def _flies(self, rows: list[scheduler.Row], token_b, told, checked=None) -> None:
+        """Ids of each row are on their way: one, as long as no more are known of."""
         for row in rows:
             row.ahead += 1
-        self._flying.append((rows, token_b, told))
+        self._flying.append((rows, token_b, told, checked))
 
     # ---- telling
 
-    def _told(self, rows, token_b: jax.Array, told: programs.Told | None) -> None:
+    def _told(self, rows, token_b, told: programs.Told | None, checked) -> None:
         """New ids of rows: into their answers, and to their callers."""
-        token_b, told = np.asarray(token_b), jax.tree.map(np.asarray, told)
+        token_b, told, checked = jax.tree.map(np.asarray, (token_b, told, checked))
         for i, row in enumerate(rows):
             if row.over:  # what came after its end was drawn for nothing
                 continue
-            token = int(token_b[i])
-            row.ids.append(token)
             row.ahead -= 1
-            with self._lock:
-                self._scheduler.share(row)
+            ids, drafted = token_b[i : i + 1], 0
+            if checked is not None:
+                ids, drafted = token_b[i, : checked[0][i]], int(checked[1][i])
+                row.length += len(ids)
+            self._drafts.came(row, drafted, len(ids) - 1)
             logprobs = ()
             if told is not None and row.request.logprobs is not None:
-                part = jax.tree.map(lambda x, i=i: x[i : i + 1], told)
-                logprobs = tuple(_logprobs(part, [token], row.request.logprobs, 1))
-            try:
-                text, finish, by = row.answer.push(token)
-            except Exception as error:  # noqa: BLE001 - one row's fault ends that row
-                with self._lock:
-                    self._end(row, request_lib.ERROR, error=_told(error))
-                continue
-            more = {"text": text, "ids": (token,), "logprobs": logprobs}
-            if row.answer.count == 1:
-                more["queue_s"] = row.begun_s - row.come_s
-                more["prefill_s"] = self._clock() - row.begun_s
-                if row.index == 0 and row.answer.prompt:
-                    more["prompt_logprobs"] = tuple(row.answer.prompt)
-            if finish is None:
-                self._say(row, request_lib.Piece(row.request.id, row.index, **more))
-            else:
-                with self._lock:
-                    self._end(row, finish, stopped_by=by, **more)
+                part, top = jax.tree.map(lambda x, i=i: x[i : i + 1], told), row.request
+                logprobs = tuple(answer_lib.logprobs(part, ids, top.logprobs, 1))
+            for token in map(int, ids):
+                if not row.over:
+                    self._one(row, token, logprobs)
+
+    def _one(self, row: scheduler.Row, token: int, logprobs: tuple) -> None:
+        """One more id of a row."""
+        row.ids.append(token)
+        with self._lock:
+            self._scheduler.share(row)
+        try:
+            text, finish, by = row.answer.push(token)
+        except Exception as error:  # noqa: BLE001 - one row's fault ends that row
+            with self._lock:
+                self._end(row, request_lib.ERROR, error=answer_lib.fault(error))
+            return
+        more = {"text": text, "ids": (token,), "logprobs": logprobs}
+        if row.answer.count == 1:
+            more["queue_s"] = row.begun_s - row.come_s
+            more["prefill_s"] = self._clock() - row.begun_s
+            if row.index == 0 and row.answer.prompt:
+                more["prompt_logprobs"] = tuple(row.answer.prompt)
+        if finish is None:
+            self._say(row, request_lib.Piece(row.request.id, row.index, **more))
+        else:
+            with self._lock:
+                self._end(row, finish, stopped_by=by, **more)
 
     def _say(self, row: scheduler.Row, piece: request_lib.Piece) -> None:
         tell = self._tells.get(row.request.id)
@@ -570,7 +580,7 @@ class Engine:
         log.exception("a step failed; all requests in flight end")
         with self._lock:
             for row in self._scheduler.rows(lambda _: True):
-                self._end(row, request_lib.ERROR, error=_told(error))
+                self._end(row, request_lib.ERROR, error=answer_lib.fault(error))
             try:
                 self._device.empty()
                 self._empty()
@@ -585,26 +595,3 @@ class Engine:
         self._warm = True
         with jax.set_mesh(self._mesh):
             return self._device.warm()
-
-
-def _logprobs(told, ids, top: int, count: int) -> list[request_lib.Logprob]:
-    """Records of `count` places."""
-    chosen, best, names = (
-        np.asarray(x) for x in (told.chosen_b, told.top_bk, told.ids_bk)
-    )
-    return [
-        request_lib.Logprob(
-            int(ids[i]),
-            float(chosen[i]),
-            tuple(
-                (int(k), float(x))
-                for k, x in zip(names[i, :top], best[i, :top], strict=True)
-            ),
-        )
-        for i in range(count)
-    ]
-
-
-def _told(error: Exception) -> str:
-    """What callers are told of an error: no path, no stack."""
-    return f"{type(error).__name__} while answering"

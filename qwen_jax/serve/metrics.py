@@ -48,6 +48,9 @@ class _OfEngines(registry.Collector):
             "prefix_cache_hits": ("prompt tokens found", "prefix_found"),
             "num_preemptions": ("requests put off for want of pages", "preempted"),
             "compile": ("programs compiled", "compiled"),
+            "spec_decode_num_drafts": ("times that ids were drafted", "drafts"),
+            "spec_decode_num_draft_tokens": ("ids drafted", "drafted"),
+            "spec_decode_num_accepted_tokens": ("drafted ids accepted", "accepted"),
         }
         for kind, table in (
             (core.GaugeMetricFamily, gauges),

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled programs of an engine: one step of many rows, one piece of a prompt.
 
-`decode`: the next id of b rows that have one token to go in each; `prefill`: a piece of
-one prompt, with the scores after its last token; `first`: the id that is drawn from
-them; `prompt_scores`: as `prefill`, with what the model gave each next id; `look`: an
-image's features, which pieces of prompts take from where it keeps them. b is one of
-a few buckets, so few programs are compiled: see `device.Settings`.
+`decode`: the next id of b rows that have one token to go in each; `verify`: the next
+ids of b rows for which ids were drafted; `draft`: such ids from the MTP head;
+`prefill`: a piece of one prompt, with the scores after its last token; `first`: the id
+that is drawn from them; `prompt_scores`: as `prefill`, with what the model gave each
+next id; `look`: an image's features, which pieces of prompts take from where it keeps
+them. b is one of a few buckets, so few programs are compiled: see `device.Settings`.
 
 A row's wishes beyond temperature and cuts, its `Extras`, cost memory traffic for all
 rows, so each program that draws has a second form with them (`full`). Extras that stay
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from qwen_jax import mesh
-from qwen_jax.models import decoder, heads, paged, vision
+from qwen_jax.models import decoder, heads, paged, paged_mtp, vision
 from qwen_jax.models import sampling as sampling_lib
 from qwen_jax.serve import request as request_lib
 
@@ -44,12 +45,13 @@ class Feed:
 
     token_b: the newest id of each, or -1 for the one in last_s. real_b: 1, or 0 for a
     row that only fills the bucket. step_b: number of the id that is drawn, within its
-    answer. wishes: sampling.
+    answer. known_b: as `paged_mtp` wants it. wishes: sampling.
     """
 
     token_b: jax.Array
     real_b: jax.Array
     step_b: jax.Array
+    known_b: jax.Array
     places: paged.Places
     wishes: sampling_lib.Rows
 
@@ -132,13 +134,13 @@ def _draw(logits_bv, feed, kept, mask_bw):
 def decode(params, pages, kept, last_s, feed: Feed, mask_bw, *, spec, rules):
     """One step of b rows: (ids [b], told or None, pages, kept, last_s)."""
     token_b = jnp.where(feed.token_b < 0, last_s[feed.places.slot_b], feed.token_b)
+    new = token_b[:, None], feed.real_b[:, None]
     hidden_btd, pages = paged.hidden(
-        spec,
-        params,
-        token_b[:, None],
-        feed.real_b[:, None],
-        pages,
-        feed.places,
+        spec, params, *new, pages, feed.places, rules=rules
+    )
+    pages = paged_mtp.followed(
+        *(spec, params, pages, new[0], hidden_btd, new[1]),
+        *(feed.known_b, feed.places),
         rules=rules,
     )
     logits_bv = _logits(spec, params, hidden_btd, rules)
@@ -147,32 +149,94 @@ def decode(params, pages, kept, last_s, feed: Feed, mask_bw, *, spec, rules):
     return token_b, told, pages, kept, last_s
 
 
+@functools.partial(
+    jax.jit, static_argnames=("spec", "rules", "most"), donate_argnames="pages"
+)
+def draft(params, pages, feed: Feed, count_b, *, spec, rules, most):
+    """Ids that the MTP head expects next in b rows, `count_b` of the [b, most] in each
+    meant to be checked: (ids, pages).
+
+    They are drawn with the noise that the model's own draws of the same numbers will
+    have: the nearer the two distributions, the more often both draw the same.
+    """
+    take, _ = paged.by_slot()
+    hidden_b1d = take(pages.hidden_rd, feed.places.slot_b)[:, None]
+    length_b = feed.places.length_b
+
+    def one(now, i):
+        token_b, hidden_b1d, held = now
+        m_b1d, held = paged_mtp.expected(
+            *(spec, params, held, token_b, hidden_b1d, feed.real_b * (i < count_b)),
+            feed.places.replace(length_b=length_b + i),
+            rules=rules,
+        )
+        logits_bv = _logits(spec, params, m_b1d, rules)
+        token_b = sampling_lib.draw(logits_bv, feed.wishes, feed.step_b + i)
+        return (token_b, m_b1d, held), token_b
+
+    now = feed.token_b, hidden_b1d, pages.mtp
+    (_, _, held), drafts_ib = jax.lax.scan(one, now, jnp.arange(most, dtype=jnp.int32))
+    return drafts_ib.T, pages.replace(mtp=held)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("spec", "rules"), donate_argnames=("pages", "last_s")
+)
+def verify(params, pages, last_s, feed: Feed, drafts_bi, count_b, *, spec, rules):
+    """A step of b rows of which each has `count_b` ids drafted: (ids [b, i + 1], how
+    many of them are the row's next ones, pages, last_s).
+
+    Each id is drawn as a step by itself would draw it, after the ids before it, so a
+    row's ids are those it would have without drafts; they count up to and with the
+    first that is not as drafted.
+    """
+    tokens_bt = jnp.concatenate([feed.token_b[:, None], drafts_bi], axis=1)
+    (b, t), index_1t = tokens_bt.shape, jnp.arange(tokens_bt.shape[1])[None]
+    real_bt = feed.real_b[:, None] * (index_1t <= count_b[:, None])
+    hidden_btd, pages, inputs = paged.hidden(
+        spec, params, tokens_bt, real_bt, pages, feed.places, rules=rules, trial=True
+    )
+    logits_btv = decoder.logits(spec, params, hidden_btd, rules)
+    logits_btv = mesh.reshard(logits_btv, jax.P(None, None, None))
+    wishes = jax.tree.map(lambda x: jnp.repeat(x, t, axis=0), feed.wishes)
+    step_bt = feed.step_b[:, None] + index_1t
+    token_bt = sampling_lib.draw(
+        logits_btv.reshape(b * t, -1), wishes, step_bt.reshape(-1)
+    ).reshape(b, t)
+    right_bi = (token_bt[:, :-1] == drafts_bi) & (index_1t[:, 1:] <= count_b[:, None])
+    kept_b = jnp.sum(jnp.cumprod(right_bi, axis=1), axis=1).astype(jnp.int32)
+    real_bt = real_bt * (index_1t <= kept_b[:, None])
+    pages = paged.settled(spec, params, pages, inputs, real_bt, feed.places, rules)
+    pages = paged_mtp.followed(
+        *(spec, params, pages, tokens_bt, hidden_btd, real_bt),
+        *(feed.known_b, feed.places),
+        rules=rules,
+        trial=True,
+    )
+    newest_b = jnp.take_along_axis(token_bt, kept_b[:, None], axis=1)[:, 0]
+    last_s = last_s.at[feed.places.slot_b].set(newest_b)
+    return token_bt, kept_b + 1, pages, last_s
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "rules"), donate_argnames="pages")
-def prefill(params, pages, tokens_1t, count, places, shown=None, *, spec, rules):
+def prefill(params, pages, tokens_1t, count, known_1, places, shown, *, spec, rules):
     """A piece of one prompt, `count` tokens of it real: (logits after them, pages).
     shown: images among the tokens, for models that see."""
-    t = tokens_1t.shape[1]
-    real_1t = (jnp.arange(t)[None] < count).astype(jnp.int32)
-    see = {"shown": shown, "rules": rules}
-    hidden_1td, pages = paged.hidden(
-        spec, params, tokens_1t, real_1t, pages, places, **see
-    )
+    operands = params, pages, tokens_1t, count, known_1, places, shown
+    hidden_1td, pages = _piece(*operands, spec, rules)
     hidden_11d = jax.lax.dynamic_slice_in_dim(hidden_1td, count - 1, 1, axis=1)
     return _logits(spec, params, hidden_11d, rules), pages
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "rules"), donate_argnames="pages")
 def prompt_scores(
-    params, pages, tokens_1t, next_t, count, places, shown=None, *, spec, rules
+    params, pages, tokens_1t, count, known_1, places, shown, next_t, *, spec, rules
 ):
     """As `prefill`, with what the model gave the id after each token: (logits after the
     last, told of each, pages)."""
     t = tokens_1t.shape[1]
-    real_1t = (jnp.arange(t)[None] < count).astype(jnp.int32)
-    see = {"shown": shown, "rules": rules}
-    hidden_1td, pages = paged.hidden(
-        spec, params, tokens_1t, real_1t, pages, places, **see
-    )
+    operands = params, pages, tokens_1t, count, known_1, places, shown
+    hidden_1td, pages = _piece(*operands, spec, rules)
     size = math.gcd(t, 16)  # rows of the vocabulary in memory at a time
 
     def one(part):
@@ -231,6 +295,16 @@ def save(pages, slot, first, *, units):
 def restore(pages, slot, first, *, units):
     """A slot's states from pages from `first` on."""
     return paged.restored(pages, slot, first, units)
+
+
+def _piece(params, pages, tokens_1t, count, known_1, places, shown, spec, rules):
+    """(hidden states of a piece of one prompt, the pages with it in)."""
+    real_1t = (jnp.arange(tokens_1t.shape[1])[None] < count).astype(jnp.int32)
+    hidden_1td, pages = paged.hidden(
+        spec, params, tokens_1t, real_1t, pages, places, shown=shown, rules=rules
+    )
+    operands = spec, params, pages, tokens_1t, hidden_1td, real_1t, known_1, places
+    return hidden_1td, paged_mtp.followed(*operands, rules=rules)
 
 
 def _logits(spec, params, hidden_btd, rules):

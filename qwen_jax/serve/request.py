@@ -9,11 +9,11 @@ Invariants: the texts of an answer's pieces, joined, are the answer without the 
 string that ended it, and each is whole code points; ids are in the order they were
 drawn, the id that ended the answer included. A request that fails or is cancelled ends
 each unfinished answer with a piece, too: nobody waits for what will not come.
-Raises: config.InputError naming the field, in `Request`.
+Raises: config.InputError naming the field, in `Request` and `check`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -91,6 +91,33 @@ class Request:
                 )
 
 
+def check(request: Request, *, vocab_size: int, max_tokens: int, texts: bool) -> None:
+    """Refuse what an engine can never answer: more than fits, ids that the model has
+    not, stop texts where there are no `texts`.
+
+    Raises:
+      config.InputError: naming what does not fit.
+    """
+    if len(request.prompt) + request.max_tokens > max_tokens:
+        raise config.InputError(
+            f"a prompt of {len(request.prompt)} tokens and max_tokens="
+            f"{request.max_tokens} pass the {max_tokens} that fit here"
+        )
+    check_ids(request.prompt, "the prompt", vocab_size)
+    check_ids(tuple(request.logit_bias), "logit_bias", vocab_size)
+    if request.stop and not texts:
+        raise config.InputError("stop texts need an engine with a tokenizer")
+
+
+def check_ids(ids: Sequence[int], name: str, vocab_size: int) -> None:
+    """Refuse ids that the model has not."""
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise config.InputError(
+            f"{name} holds id {wrong}, the model's ids are 0 to {vocab_size - 1}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Logprob:
     """Log-probabilities (natural) at one place: of the id that is there, and of the
@@ -140,8 +167,10 @@ class Piece:
 @dataclasses.dataclass(frozen=True)
 class Load:
     """How busy an engine is: requests that run and that wait, the share of pages in
-    use (by requests; what is only cached is free), and counts since its start. wait_s:
-    how long one more is expected to wait for them."""
+    use (by requests; what is only cached is free), and counts since its start: `drafts`
+    of how many times ids were drafted for a row, `drafted` of those ids, `accepted` of
+    those that turned out to be its next. wait_s: how long one more is expected to wait
+    for them."""
 
     running: int
     waiting: int
@@ -151,3 +180,6 @@ class Load:
     preempted: int
     compiled: int
     wait_s: float = 0.0
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0

@@ -40,14 +40,15 @@ class Row:
 
     ids: of prompt and answer, as far as they are known. ahead: ids that were given to
     the device to draw and are not known yet. length: tokens in pages, once the device
-    has done what it was given. table: pages in order, 0 behind the last. laid: where
-    the images of its prompt lie, or None.
+    has done what it was given. begins: those of them that were there when it was last
+    admitted. table: pages in order, 0 behind the last. laid: where the images of its
+    prompt lie, or None.
     """
 
     def __init__(self, request: request_lib.Request, index: int, table_pages: int):
         self.request, self.index = request, index
         self.ids = list(request.prompt)
-        self.length = self.ahead = 0
+        self.length = self.ahead = self.begins = 0
         self.slot = -1
         self.over = False
         self.nodes: list[prefix_lib.Node] = []
@@ -61,6 +62,7 @@ class Row:
         # The engine's: when it came, when it first had a slot, what makes text of ids.
         self.come_s, self.begun_s = 0.0, None
         self.answer: Any = None
+        self.drafted: Any = None  # how drafts fare with it: see `drafts.py`
 
     def keys(self, start: int = 0, stop: int | None = None) -> Sequence[int]:
         """What ids start .. stop are shared by: themselves, or their images."""
@@ -203,6 +205,15 @@ class Scheduler:
         self._give(row, [page])
         return True
 
+    def reach(self, row: Row, most: int) -> int:
+        """Of `most` tokens behind the next one of a row that runs, how many there is
+        room for without anyone giving way."""
+        there = self.page_tokens * (len(row.nodes) + len(row.pages))
+        while there < row.length + 1 + most and (page := self._page()) is not None:
+            self._give(row, [page])
+            there += self.page_tokens
+        return min(most, there - row.length - 1)
+
     def _page(self, size: int = 1) -> int | None:
         """A page of a class, in the place of what nobody uses where none is free."""
         tries = 4 * size if size > 1 else self.total
@@ -251,7 +262,7 @@ class Scheduler:
             row.nodes = nodes
             row.table[: len(nodes)] = [node.page for node in nodes]
             self._give(row, pages)
-            row.length = len(nodes) * c
+            row.length = row.begins = len(nodes) * c
             row.slot = self._slots.pop()
             if self._state_class and self.sharing:
                 row.marks = (there * c, (row.wanted - 1) // c * c)

@@ -45,6 +45,10 @@ def test_rates_and_ratios_are_recorded(tmp_path, capsys):
         assert (row["x_queue"] is None) == (row["rows"] == 1 or row["way"] == "queue")
     assert 0 < record["scheduler_share"] < 1
     assert record["first"]["cold"] > 0 and record["first"]["times"] > 0
+    told = {(one["text"], one["rows"]): one for one in record["drafts"]}
+    assert len(told) == 4 and all(one["times"] > 0 for one in told.values())
+    # Five ids: one behind the prompt, and drafts from when two stood there before.
+    assert told["repeating", 1]["acceptance"] > 1
     assert "first token" in capsys.readouterr().out
 
 

@@ -131,6 +131,52 @@ def test_pages_are_the_full_forward(name, way, prompt, monkeypatch):
         np.testing.assert_allclose(one, other, atol=1e-10)
 
 
+CASES = [
+    ("dense", "gather"),
+    ("dense", "blocks"),
+    ("window", "loop"),
+    ("hybrid", "loop"),
+]
+
+
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_of_a_trial_only_what_is_settled_stays(name, way):
+    """Three tokens of each row at a time, of which some are not the row's: the others
+    are as in the full forward, and what comes later is as if the wrong had not been."""
+    spec, tree = SPECS[name], decoder.unstacked(SPECS[name], weights(name))
+
+    @jax.jit
+    def step(tree, tokens, real, right, pages, where):
+        x, pages, inputs = paged.hidden(
+            spec, tree, tokens, real, pages, where, way=way, trial=True
+        )
+        rules = mesh.Rules()
+        return x, paged.settled(spec, tree, pages, inputs, right, where, rules)
+
+    pages = paged.init(spec, 18, C, len(LENGTHS))
+    pages = jax.tree.map(lambda x: x + jnp.ones((), x.dtype) * 3, pages)
+    found = [np.zeros((n, DENSE.width)) for n in LENGTHS]
+    draw, done = np.random.default_rng(4), np.zeros(len(LENGTHS), np.int32)
+    while (left := np.array(LENGTHS) - done).any():
+        # At least one of each row is right; where a row is over, all is padding.
+        right = np.minimum(draw.integers(1, 4, len(LENGTHS)), left)
+        tried = np.where(left > 0, draw.integers(right, 4), 0)
+        tokens = draw.integers(0, DENSE.vocab_size, (len(LENGTHS), 3)).astype(np.int32)
+        for i, row in enumerate(rows()):
+            tokens[i, : right[i]] = row[done[i] : done[i] + right[i]]
+        real, kept = (
+            (np.arange(3) < n[:, None]).astype(np.int32) for n in (tried, right)
+        )
+        slots = np.where(left > 0, SLOTS, len(LENGTHS)).astype(np.int32)
+        where = paged.Places(TABLE, done.copy(), slots)
+        x, pages = step(tree, tokens, real, kept, pages, where)
+        for i, n in enumerate(right):
+            found[i][done[i] : done[i] + n] = x[i, :n]
+        done += right.astype(np.int32)
+    for one, other in zip(found, wanted(name), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-10)
+
+
 def test_pages_are_shared_and_copied():
     """Two rows with one prompt share its whole pages; the last is copied."""
     name, spec = "dense", SPECS["dense"]

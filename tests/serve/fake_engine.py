@@ -108,7 +108,7 @@ class Engine:
         with self._lock:
             running = len(self._jobs)
         used = 0.25 if running else 0.0
-        return request_lib.Load(running, 0, used, 100, 40, 1, 3, self.wait_s)
+        return request_lib.Load(running, 0, used, 100, 40, 1, 3, self.wait_s, 5, 15, 9)
 
     def embed(self, prompts):
         rows = []

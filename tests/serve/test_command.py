@@ -245,6 +245,8 @@ def test_mistakes(folder, capsys, tmp_path, monkeypatch):
     assert "--name 'a b'" in refused(capsys, model, "--name=a b")
     assert "--port 70000" in refused(capsys, model, "--port=70000")
     assert "--max_queue 0" in refused(capsys, model, "--max_queue=0")
+    assert "draft_tokens=0" in refused(capsys, model, "--draft_tokens=0")
+    assert "lookup" in refused(capsys, model, "--drafts=lookups")
     assert "--shutdown_timeout_s" in refused(capsys, model, "--shutdown_timeout_s=-1")
     assert "/none" in refused(capsys, model, "--guard_policy=/none")
     assert "--admin_key_file FILE" in refused(capsys, model, "--admin_port=0")

@@ -456,6 +456,10 @@ def test_metrics():
         assert metric(one, "http_requests_total", **none) == 1
     with servers.running(metrics_prefix="vllm:") as one:
         assert "vllm:num_requests_running{" in httpx.get(f"{one.url}/metrics").text
+        drafts = "vllm:spec_decode_num_"
+        assert metric(one, drafts + "drafts_total", **name) == 5
+        assert metric(one, drafts + "draft_tokens_total", **name) == 15
+        assert metric(one, drafts + "accepted_tokens_total", **name) == 9
 
 
 @pytest.mark.parametrize("rest", ["enough", "too little"])
