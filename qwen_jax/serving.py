@@ -108,8 +108,7 @@ def run(
     say(f"listening at {there}/v1, loading {name}")
     say(f"to chat in a browser: {there}/")
     if app.admin is not None:
-        admin_port = sockets[1].getsockname()[1]
-        say(f"to load others: 127.0.0.1:{admin_port}/admin/load")
+        say(f"to load others: 127.0.0.1:{sockets[1].getsockname()[1]}/admin/load")
     first.thread.start()
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
         signal.signal(signal.SIGHUP, server.handle_exit)
