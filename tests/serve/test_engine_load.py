@@ -48,6 +48,7 @@ class Device:
     def __init__(self, real, clock):
         self.pool, self.table_pages = real.pool, real.table_pages
         self.max_tokens, self.state_units = real.max_tokens, real.state_units
+        self.draft_cost = real.draft_cost
         self._clock = clock
         self.prefill_s, self.decode_s = 0.001, 0.004
 
