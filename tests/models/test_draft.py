@@ -80,6 +80,7 @@ def test_greedy_ids_are_those_of_plain_decoding(name):
     assert got.passes < 23
 
 
+@pytest.mark.slow
 def test_other_prompts_and_another_form_of_the_weights_change_nothing():
     spec, params = SPECS["qwen3_5"], weights("qwen3_5")
     together = draft.generate(spec, params, PROMPTS, max_tokens=12)
@@ -89,6 +90,7 @@ def test_other_prompts_and_another_form_of_the_weights_change_nothing():
         assert got.ids == [want]
 
 
+@pytest.mark.slow
 def test_it_ends_at_the_first_end_id():
     spec, params = SPECS["qwen3_5"], weights("qwen3_5")
     whole = decode.generate(spec, params, PROMPTS, max_tokens=16)

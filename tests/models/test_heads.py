@@ -304,6 +304,7 @@ def test_yes_or_no(tied, tmp_path):
         heads.yes_no(spec, params, ids, yes_id=96, no_id=4)
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same():
     spec = spec_lib.Spec(
         vocab_size=64,

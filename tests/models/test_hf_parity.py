@@ -187,7 +187,21 @@ def exact_logits(model, ids):
         return reference_logits(model, ids)
 
 
-@pytest.fixture(scope="module", params=CASES)
+# Variants of a family that is there otherwise, for slow runs.
+LATER = (
+    "llama-tied",
+    "qwen2-tied",
+    "qwen2_moe-mixed",
+    "qwen3_next-wide",
+    "qwen3_5-tied",
+)
+
+
+def marked(name):
+    return pytest.param(name, marks=pytest.mark.slow if name in LATER else ())
+
+
+@pytest.fixture(scope="module", params=map(marked, CASES))
 def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     reference = make_reference(request.param, folder)

@@ -276,9 +276,10 @@ def test_cached_decoding_is_the_full_forward(pair):
 
 @pytest.mark.parametrize(
     "pair",
-    ["indexed", pytest.param("ngram-twice", marks=pytest.mark.slow)],
+    ["indexed", "ngram-twice"],
     indirect=True,
 )
+@pytest.mark.slow
 def test_greedy_tokens(pair):
     reference, spec, params, _ = pair
     ids = tokens(1, seed=5, t=17)

@@ -219,7 +219,11 @@ def test_generate_is_the_argmax_of_whole_forward_passes():
     assert got == [greedy(prompt, 20) for prompt in prompts]
 
 
-@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "a list of layers"])
+@pytest.mark.parametrize(
+    "listed",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["stacked", "a list of layers"],
+)
 def test_a_kept_cache_grows_and_goes_back_while_the_ring_is_not_full(
     monkeypatch, listed
 ):

@@ -231,7 +231,14 @@ PROMPT = [5, 6, 7, 8, 9, 10, 11]
 WINDOW = dataclasses.replace(SPEC, window=6, full_layers=1)
 
 
-@pytest.fixture(scope="module", params=["attention", "window apart", "hybrid apart"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "attention",
+        pytest.param("window apart", marks=pytest.mark.slow),
+        "hybrid apart",
+    ],
+)
 def model(request):
     """A spec and its weights, whose layers are stacked or each by itself."""
     spec = {"window": WINDOW, "hybrid": HYBRID}.get(request.param.split()[0], SPEC)

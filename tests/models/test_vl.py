@@ -282,9 +282,8 @@ def plain(name):
     return params, *value_and_grad(spec, params, ids, together)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl"]
-)
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_numbers_and_gradients(name):
     spec = tiny(name)
     ids, together, apart = example(spec)
@@ -335,6 +334,7 @@ def test_bfloat16_stays_close():
     assert np.abs(got - want).max() < 0.1 * np.asarray(want).std()
 
 
+@pytest.mark.slow
 def test_micro_batches_with_images_sum_to_the_whole():
     """A step's batch has the images of each row by itself; two documents a row."""
     spec = tiny("qwen2_5_vl")
@@ -375,7 +375,11 @@ def test_the_optimizer_knows_the_weights_of_a_tower(name):
     assert labels.get("place_vd", "embedding") == "embedding"
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
+@pytest.mark.parametrize(
+    "apart",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["stacked", "apart"],
+)
 def test_prefill_in_two_parts_is_the_whole(apart):
     """Images in both parts of the prompt; then one more token."""
     spec = tiny("qwen3_vl")
