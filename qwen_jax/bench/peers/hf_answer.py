@@ -20,6 +20,8 @@ def build(shape: dict, options: dict):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         shape["folder"], dtype=torch.float32
     ).eval()
+    # What is None below would be taken from here, and end ids would be held back.
+    model.generation_config.eos_token_id = None
     prompts, new = shape["prompts"], options["new_tokens"]
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
