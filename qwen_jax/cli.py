@@ -197,7 +197,7 @@ def _add_serve(verbs: Any) -> None:
         metavar="S",
         help="429 for those expected to wait longer for others (default: no limit); "
         "half the time to a first token of an idle server keeps that of a full one "
-        "below twice as long, as --max_queue 1 does",
+        "about twice as long, as --max_queue 1 does",
     )
     add("--images", type=int, default=16, metavar="N", help="most of a request; or 0")
     add("--image_patches", type=int, default=4096, metavar="N", help="most of an image")
