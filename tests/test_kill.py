@@ -89,8 +89,9 @@ def disturb(folder, kills, seed, num_steps, **environment):
 
 
 @pytest.mark.timeout(900)
-def test_a_kill(tmp_path):
-    assert disturb(tmp_path, 1, seed=11, num_steps=40) >= 1
+@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_kills(tmp_path, kills):
+    assert disturb(tmp_path, kills, seed=11, num_steps=40) >= 1
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import pathlib
 import shlex
@@ -176,17 +175,13 @@ def _row(name, args, facts, errors, turns) -> dict:
     row = {"name": name, "facts": facts.get(name)}
     if name in errors:
         return row | {"error": errors[name]}
-    time_s = rounds.summarize(turns, name)
-    there = {turn.name for turn in turns} - {name}
     ids = facts[name]["ids"]
-    return row | {
-        "time": dataclasses.asdict(time_s),
-        "tokens_per_s": len(ids) * args.new_tokens / time_s.median_s,
-        "equal": _equal(ids, facts["ours"]["ids"]) if "ours" in facts else None,
-        "faster_than": {
-            base: dataclasses.asdict(rounds.ratio(turns, name, base)) for base in there
-        },
-    }
+    equal = _equal(ids, facts["ours"]["ids"]) if "ours" in facts else None
+    return (
+        row
+        | {"equal": equal}
+        | rounds.compared(turns, name, len(ids) * args.new_tokens)
+    )
 
 
 def _equal(found: list[list[int]], ours: list[list[int]]) -> float:

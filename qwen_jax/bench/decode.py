@@ -148,15 +148,7 @@ def _row(name, shape, args, facts, errors, turns) -> dict:
     row = {"name": name, "facts": facts.get(name)}
     if name in errors:
         return row | {"error": errors[name]}
-    time_s = rounds.summarize(turns, name)
-    there = {turn.name for turn in turns} - {name}
-    return row | {
-        "time": dataclasses.asdict(time_s),
-        "tokens_per_s": shape.rows * args.new_tokens / time_s.median_s,
-        "faster_than": {
-            base: dataclasses.asdict(rounds.ratio(turns, name, base)) for base in there
-        },
-    }
+    return row | rounds.compared(turns, name, shape.rows * args.new_tokens)
 
 
 def report(record: dict) -> str:

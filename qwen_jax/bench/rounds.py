@@ -221,6 +221,20 @@ class Ratio:
     high: float
 
 
+def compared(turns: list[Turn], name: str, tokens: int) -> dict:
+    """A candidate's times as a record: its rate where a step gives so many tokens, and
+    how much faster it is than each other one that took turns."""
+    time_s = summarize(turns, name)
+    others = {turn.name for turn in turns} - {name}
+    return {
+        "time": dataclasses.asdict(time_s),
+        "tokens_per_s": tokens / time_s.median_s,
+        "faster_than": {
+            base: dataclasses.asdict(ratio(turns, name, base)) for base in others
+        },
+    }
+
+
 def ratio(turns: list[Turn], name: str, base: str) -> Ratio:
     """base's seconds / name's seconds, taken inside each round."""
     by_round: dict[int, dict[str, float]] = {}

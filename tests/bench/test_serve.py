@@ -288,21 +288,24 @@ def test_what_is_no_answer_is_a_failure(answer, status, said):
 
 def test_known_delays(server, engine):
     engine.first_delay_s, engine.delay_s = 0.2, 0.03
-    run = load(server.url, serve_load.asks(work(6)))
+    # What was slept is a floor; above it there is the machine: of three runs the one
+    # that others disturbed least is held to the tops.
+    runs = [load(server.url, serve_load.asks(work(6))) for _ in range(3)]
+    run = min(runs, key=lambda one: max(sent.e2el_s for sent in one.sent))
     figures = serve_report.summary(run, {"ttft": 150.0})
+    firsts_ms = [1000 * sent.ttft_s for sent in run.sent]
+    assert figures["median_ttft_ms"] == pytest.approx(statistics.median(firsts_ms))
     assert figures["completed"] == 6 and figures["short"] == 0
     assert figures["total_input_tokens"] == 30
     assert figures["total_output_tokens"] == 60
-    # What was slept is a floor; above it there is the machine, however busy: the tops
-    # only tell milliseconds from other units, and one time from another.
-    assert 200 <= figures["median_ttft_ms"] < 4000
-    assert 29 <= figures["median_tpot_ms"] < 900
-    assert 200 + 9 * 30 <= figures["median_e2el_ms"] < 12000
+    assert 200 <= figures["median_ttft_ms"] < 400
+    assert 29 <= figures["median_tpot_ms"] < 90
+    assert 200 + 9 * 30 <= figures["median_e2el_ms"] < 1200
     assert figures["request_goodput"] == 0.0
     easy = serve_report.summary(run, {"ttft": 5e3, "e2el": 9e3})
     assert easy["request_goodput"] == easy["request_throughput"]
     assert all(
-        sum(x.gaps_s) == pytest.approx(x.e2el_s - x.ttft_s, abs=0.5) for x in run.sent
+        sum(x.gaps_s) == pytest.approx(x.e2el_s - x.ttft_s, abs=0.1) for x in run.sent
     )
 
 
@@ -319,7 +322,7 @@ def test_open_and_closed_loops(server, engine):
     opened = load(server.url, todo).sent
     assert in_flight(opened) == 6  # none waits for another
     for ask, one in zip(todo, opened, strict=True):
-        assert ask.due_s <= one.sent_s < ask.due_s + 1.0
+        assert ask.due_s <= one.sent_s < ask.due_s + 0.3
         assert one.number == ask.number
 
 
