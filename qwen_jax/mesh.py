@@ -284,8 +284,14 @@ def product(
     rows = x.shape[0] * x.shape[1]
     if isinstance(w, Turned):
         new, width = w.x.shape[: w.ndim - inner], math.prod(x.shape[2:])
-        y = w.x.reshape(-1, width) @ x.reshape(rows, width).T
-        return y.T.reshape(*x.shape[:2], *new)
+        w_oi, flat = w.x.reshape(-1, width), x.reshape(rows, width)
+        if platform() == "cpu":
+            y = (w_oi @ flat.T).T
+        elif rows == 1 and (one := _one_row()).there():
+            y = one.product(w_oi, flat[0])
+        else:
+            y = jax.lax.dot_general(flat, w_oi, (((1,), (1,)), ((), ())))
+        return y.reshape(*x.shape[:2], *new)
     width, new = math.prod(w.shape[:inner]), w.shape[inner:]
     flat = _merged(x, (rows, width), (0, 2))
     w = _merged(w, (width, math.prod(new)), (0, inner))
@@ -293,6 +299,12 @@ def product(
         return (flat @ w).reshape(*x.shape[:2], *new)
     y = jnp.einsum("md,df->mf", flat, w, out_sharding=P(out[0], out[2]))
     return jax.lax.reshape(y, (*x.shape[:2], *new), out_sharding=out)
+
+
+def _one_row():
+    from qwen_jax import one_row  # Pallas takes a while to import
+
+    return one_row
 
 
 def _merged(x: jax.Array, shape: tuple[int, ...], first: tuple[int, ...]) -> jax.Array:

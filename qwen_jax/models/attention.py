@@ -287,7 +287,7 @@ def _written(held, new, length, rules):
 def project(p, x_btd, cos_btk, sin_btk, spec, rules):
     """Rotated queries and keys, and values: q_btnk, k_bthk, v_bthk."""
 
-    def one(name, heads, rotate):
+    def one(name, heads):
         dtype = x_btd.dtype
         letter = "n" if heads == "heads" else "h"
         w = p[f"{name}_ld{letter}k"]
@@ -295,13 +295,20 @@ def project(p, x_btd, cos_btk, sin_btk, spec, rules):
         w = mesh.gather(w, rules, "embed", heads, None, **how)
         out = rules.pspec("batch", None, heads, None)
         y = mesh.product(x_btd, w, out=out)
-        if spec.qkv_bias:
-            y = y + p[f"{name}_bias_l{letter}k"].astype(dtype)[None, None]
-        y = checkpoint_name(y, name)
-        if not rotate:
-            return y
-        scale_k = p[f"{name}_norm_lk"] if spec.qk_norm else None
-        return turn(y, scale_k, cos_btk, sin_btk)
+        return turned(p, name, y, cos_btk, sin_btk, spec)
+
+    return one("q", "heads"), one("k", "kv_heads"), one("v", "kv_heads")
+
+
+def turned(p, name, y, cos_btk, sin_btk, spec):
+    """Queries, keys or values (`name` q, k or v) of their product: with their bias, the
+    first two normed and rotated."""
+    if spec.qkv_bias:
+        letter = "n" if name == "q" else "h"
+        y = y + p[f"{name}_bias_l{letter}k"].astype(y.dtype)[None, None]
+    y = checkpoint_name(y, name)
+    if name == "v":
+        return y
 
     # The backward pass computes this again from the product, which is kept anyway.
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -310,11 +317,8 @@ def project(p, x_btd, cos_btk, sin_btk, spec, rules):
             y = norm.rms_norm(y, scale_k, spec.norm_eps, spec.norm_offset)
         return rope.apply(y, cos_btk, sin_btk)
 
-    return (
-        one("q", "heads", True),
-        one("k", "kv_heads", True),
-        one("v", "kv_heads", False),
-    )
+    scale_k = p[f"{name}_norm_lk"] if spec.qk_norm else None
+    return turn(y, scale_k, cos_btk, sin_btk)
 
 
 def merge(p, out_btnk, x_btd, spec, rules):

@@ -148,13 +148,14 @@ def check(
 
 
 def laid_out(spec: spec_lib.Spec, params: dict[str, Any]) -> dict[str, Any]:
-    """The weights with layers apart and, on a CPU, matrices as they decode fastest.
+    """The weights with layers apart and, on CPUs and GPUs, matrices as they decode
+    fastest.
 
     Costs a copy of the weights, the first time; for the functions here, with no mesh
     set.
     """
     apart = decoder.unstacked(spec, params)
-    if mesh.active() or jax.default_backend() != "cpu":
+    if mesh.active() or mesh.platform() not in ("cpu", "gpu"):
         return apart
 
     def turned(tree, counts):

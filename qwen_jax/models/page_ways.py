@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of new tokens over the pages of their rows: three ways, one result.
+"""Attention of new tokens over the pages of their rows: four ways, one result.
 
 "loop": one page of one row at a time, in place, for CPUs, where gathering pages costs
 more than reading them. "blocks": some pages of all rows at a time, as far as the
 longest row goes, for accelerators: work follows what is there, not how long a row may
-become, and little is in memory at a time. "gather": all pages of the tables, in the
-open, the plain twin of the two.
+become, and little is in memory at a time. "kernel": for GPUs, one token of each row by
+a kernel of its own (`kernels.paged_rows`), more tokens by "blocks". "gather": all pages
+of the tables, in the open, the plain twin of the three.
 
 Source: online softmax (arXiv 1805.02867), PagedAttention (arXiv 2309.06180).
 Shapes: q_btnk of new tokens, whose keys and values are in the pools already (`held`:
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 from qwen_jax import mesh
 from qwen_jax.models import attention as attn
-from qwen_jax.models.kernels import blockwise
+from qwen_jax.models.kernels import blockwise, paged_rows
 
 BLOCK_TOKENS = 1024  # of each row, gathered at a time
 
@@ -158,9 +159,24 @@ def blocked(q_btnk, held, real_bt, places, window):
     return out_btnk.astype(q_btnk.dtype)
 
 
-WAYS = {"loop": looped, "blocks": blocked, "gather": gathered}
+def kernel(q_btnk, held, real_bt, places, window):
+    """One token of each row by a kernel for GPUs, where it takes these shapes."""
+    v_nhck = held["v_nhck"]
+    if q_btnk.shape[1] != 1 or not paged_rows.fits(v_nhck.shape[3], v_nhck.shape[2]):
+        return blocked(q_btnk, held, real_bt, places, window)
+    end_b = places.length_b + real_bt[:, 0]
+    first_b = jnp.maximum(end_b - window, 0) if window else jnp.zeros_like(end_b)
+    out_bnk = paged_rows.attention(
+        *(q_btnk[:, 0], held["k_nhkc"], v_nhck),
+        *(places.table_bp, first_b, end_b),
+        interpret=mesh.platform() == "cpu",
+    )
+    return out_bnk[:, None]
+
+
+WAYS = {"loop": looped, "blocks": blocked, "kernel": kernel, "gather": gathered}
 
 
 def here() -> str:
     """The way of the platform."""
-    return "loop" if mesh.platform() == "cpu" else "blocks"
+    return {"cpu": "loop", "gpu": "kernel"}.get(mesh.platform(), "blocks")

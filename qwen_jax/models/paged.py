@@ -35,7 +35,7 @@ from flax import struct
 
 from qwen_jax import config, mesh
 from qwen_jax.models import attention as attn
-from qwen_jax.models import decoder, page_ways, rope, streams
+from qwen_jax.models import decoder, page_ways, paged_one, rope, streams
 from qwen_jax.models import delta as delta_lib
 from qwen_jax.models import spec as spec_lib
 
@@ -203,6 +203,16 @@ def hidden(
     held, new, after, inputs = iter(pages.attention), [], [], []
     states = iter(_states(pages, places))
     for i, (kind, p) in enumerate(zip(spec.kinds, params["layers"], strict=True)):
+        if paged_one.fits(spec, kind, p, tokens_bt.size, way):
+            how = {"way": way, "window": kind.window, "trial": False}
+            see_held = functools.partial(
+                _local, held=next(held), real_bt=real_bt, places=places, **how
+            )
+            x, mine = paged_one.layer(spec, p, x, angles, see_held)
+            new.append(mine)
+            if i < len(deep):
+                x = _put_in(x, deep[i], shown.index_bt, rules, add=True)
+            continue
         y_btd, inject = streams.enter(p[streams.names(spec)[0]], x, spec, rules)
         if kind.mixer == "attention":
             y_btd, mine = mix(

@@ -179,15 +179,21 @@ def noise(rows: Rows, step_b: jax.Array, vocab_size: int) -> jax.Array:
     return jax.vmap(one)(rows.seed_b2, step_b)
 
 
-def draw(logits_bv: jax.Array, rows: Rows, step_b: jax.Array) -> jax.Array:
+def draw(
+    logits_bv: jax.Array, rows: Rows, step_b: jax.Array, *, greedy: bool = False
+) -> jax.Array:
     """One id a row, int32 [b].
 
     Args:
       logits_bv: float32, after `penalized` where rows have a penalty.
       rows: settings.
       step_b: int32, the number of the token within its row's answer.
+      greedy: no row has a temperature, as far as the caller knows. (A GPU asks the
+        host which branch to take, and the host waits for all before it.)
     """
     greedy_b = jnp.argmax(logits_bv, axis=1).astype(jnp.int32)
+    if greedy:
+        return greedy_b
     warm_b = rows.temperature_b > 0
     cuts_b = (rows.top_k_b > 0) | (rows.top_p_b < 1) | (rows.min_p_b > 0)
     short_b = (rows.top_k_b > 0) & (rows.top_k_b <= SHORT)

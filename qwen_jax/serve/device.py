@@ -52,7 +52,10 @@ class Settings:
     or "mtp" (the model's head), "" for none; draft_tokens: most of them for a row in a
     step; draft_rows: with more rows running there are none; draft_cost: what checking
     them takes longer than a step without, in such steps, None for what is measured when
-    warm.
+    warm. burst: steps that are given to the device at once while nothing but decoding
+    is to do, so that it need not wait for the host; 0 for 8 on accelerators and 1 on a
+    CPU. growth: of the numbers of rows that steps are compiled for, each to the next; 0
+    for 4 on accelerators, where more rows cost little, and 2 on a CPU.
     """
 
     rows: int = 16
@@ -72,6 +75,8 @@ class Settings:
     draft_tokens: int = 3
     draft_rows: int = 8
     draft_cost: float | None = None
+    burst: int = 0
+    growth: int = 0
 
     def __post_init__(self):
         for name in (
@@ -82,7 +87,7 @@ class Settings:
                 raise config.InputError(
                     f"{name}={getattr(self, name)}: wanted at least 1"
                 )
-        for name in ("max_wait_s", "images", "draft_cost"):
+        for name in ("max_wait_s", "images", "draft_cost", "burst", "growth"):
             if not (getattr(self, name) or 0) >= 0:
                 raise config.InputError(
                     f"{name}={getattr(self, name)}: wanted 0 or more"
@@ -125,8 +130,9 @@ class Settings:
 
     def row_buckets(self) -> tuple[int, ...]:
         """Numbers of rows that decoding is compiled for."""
+        growth = self.growth or (2 if mesh.platform() == "cpu" else 4)
         powers = itertools.takewhile(
-            lambda b: b < self.rows, (1 << i for i in range(20))
+            lambda b: b < self.rows, (growth**i for i in range(20))
         )
         return (*powers, self.rows)
 
@@ -203,6 +209,12 @@ class Device:
         self._mesh = jax.sharding.get_mesh()
         self._params = decode.laid_out(spec, params)
         self._how = {"spec": spec, "rules": self.rules}
+        with jax.set_mesh(self._mesh):
+            on_cpu = mesh.platform() == "cpu"
+        # A step that waits for a few steps' ids is no faster by a burst.
+        self.burst = 1 if settings.drafts else settings.burst or (1 if on_cpu else 8)
+        # Branches cost an accelerator more than a second set of programs.
+        self._knows_greedy = not on_cpu
         self._sight = None
         if spec.vision is not None and settings.images > 0 and spec.head == "tokens":
             buckets = settings.patch_buckets(spec.vision)
@@ -214,6 +226,7 @@ class Device:
     def empty(self) -> None:
         """Pages and states of nobody, as at the start."""
         settings = self.settings
+        self._pages = self._extras = self._last_s = None  # two have no room
         with jax.set_mesh(self._mesh):
             made = (
                 paged.init(
@@ -227,8 +240,14 @@ class Device:
                 programs.extras(settings.rows, self.spec.vocab_size),
                 jnp.zeros(settings.rows + 1, jnp.int32),
             )
-            # Copied: parts may be one array, and each is given away only once.
-            self._pages, self._extras, self._last_s = jax.tree.map(jnp.copy, made)
+            # Parts may be one array, and each is given away only once; not all are
+            # copied, for which there is no room.
+            leaves, tree = jax.tree.flatten(made)
+            firsts = {id(x): i for i, x in reversed(list(enumerate(leaves)))}
+            apart = [
+                x if firsts[id(x)] == i else jnp.copy(x) for i, x in enumerate(leaves)
+            ]
+            self._pages, self._extras, self._last_s = jax.tree.unflatten(tree, apart)
             if self._sight is not None:
                 self._sight.empty()
         self._wishes: tuple[Any, Any] = (None, None)
@@ -312,24 +331,48 @@ class Device:
     def first(self, row: scheduler.Row, logits_1v: jax.Array):
         """The first id of an answer: (ids [1], told or None)."""
         full = is_full(row)
-        return self._first(logits_1v, full, *self._feed([row], 1, full))
+        feed = self._feed([row], 1, full)
+        return self._first(logits_1v, full, *feed, self._greedy([row]))
 
-    def _first(self, logits_1v, full, feed, mask_bw):
+    def _greedy(self, rows: list[scheduler.Row]) -> bool:
+        warm = any(row.request.sampling.temperature > 0 for row in rows)
+        return self._knows_greedy and not warm
+
+    def _first(self, logits_1v, full, feed, mask_bw, greedy=False):
         kept = self._extras if full else None
         token_b, told, kept, self._last_s = programs.first(
-            logits_1v, kept, self._last_s, feed, mask_bw
+            logits_1v, kept, self._last_s, feed, mask_bw, greedy=greedy
         )
         self._extras = kept if full else self._extras
         return token_b, told
 
-    def decode(self, rows: list[scheduler.Row]):
-        """One more id of each row: (ids [b], told or None)."""
+    def decode(self, rows: list[scheduler.Row], count: int = 1):
+        """More ids of each row: (ids [b] or [b, count], told or None)."""
         full, settings = any(is_full(row) for row in rows), self.settings
         buckets = settings.full_buckets() if full else settings.row_buckets()
         b = next(b for b in buckets if b >= len(rows))
-        return self._decode(full, *self._feed(rows, b, full))
+        greedy, feed = self._greedy(rows), self._feed(rows, b, full)
+        if count > 1:
+            return self._several(feed[0], greedy), None
+        return self._decode(full, *feed, greedy)
 
-    def _decode(self, full, feed, mask_bw):
+    def burst_of(self, rows: list[scheduler.Row]) -> int:
+        """Steps that `decode` can make of these rows at once."""
+        return 1 if any(is_full(row) for row in rows) else self.burst
+
+    def _several(self, feed, greedy):
+        token_bt, self._pages, self._last_s = programs.several(
+            self._params,
+            self._pages,
+            self._last_s,
+            feed,
+            greedy=greedy,
+            count=self.burst,
+            **self._how,
+        )
+        return token_bt
+
+    def _decode(self, full, feed, mask_bw, greedy=False):
         token_b, told, self._pages, kept, self._last_s = programs.decode(
             self._params,
             self._pages,
@@ -337,6 +380,7 @@ class Device:
             self._last_s,
             feed,
             mask_bw,
+            greedy=greedy,
             **self._how,
         )
         self._extras = kept if full else self._extras
@@ -490,8 +534,8 @@ class Device:
             steps.append(("a state", (self.state_units,), self._warm_state))
         steps += [
             ("a first id", (1,), lambda _: self._warm_first()),
-            ("rows", rows[False], lambda b: self._decode(False, *self._feed([], b, 0))),
-            ("rows", rows[True], lambda b: self._decode(True, *self._feed([], b, 1))),
+            ("rows", rows[False], lambda b: self._warm_rows(b, False)),
+            ("rows", rows[True], lambda b: self._warm_rows(b, True)),
             ("drafts", settings.draft_buckets(), self._warm_drafts),
         ]
         count, done = sum(len(sizes) for _, sizes, _ in steps), 0
@@ -541,12 +585,22 @@ class Device:
         dtype = jnp.promote_types(self.spec.compute_dtype, jnp.float32)
         with jax.set_mesh(self._mesh):
             logits_1v = jnp.zeros((1, self.spec.vocab_size), dtype)
-        for full in (False, True):
-            self._first(logits_1v, full, *self._feed([], 1, full))
+        for full, greedy in itertools.product((False, True), self._kinds()):
+            self._first(logits_1v, full, *self._feed([], 1, full), greedy)
+
+    def _kinds(self) -> tuple[bool, ...]:
+        return (False, True) if self._knows_greedy else (False,)
+
+    def _warm_rows(self, b: int, full: bool) -> None:
+        for greedy in self._kinds():
+            feed = self._feed([], b, full)
+            self._decode(full, *feed, greedy)
+            if self.burst > 1 and not full:
+                self._several(feed[0], greedy)
 
 
 def compiled() -> int:
     """Programs compiled so far, of all engines."""
     every = ("decode", "prefill", "prompt_scores", "first", "begin", "embedding")
-    every += ("save", "restore", "look", "verify", "draft")
+    every += ("save", "restore", "look", "verify", "draft", "several")
     return sum(getattr(programs, name)._cache_size() for name in every)

@@ -409,7 +409,7 @@ class Engine:
             self._prefill(plan.prefill)
         before = len(self._flying)
         if plan.decode:
-            self._decode(plan.decode)
+            self._decode(plan.decode, plan.prefill is None)
         # Ids of this step's decoding are looked at when the next one is under way.
         self._land(len(self._flying) - before)
         return True
@@ -482,8 +482,8 @@ class Engine:
         if now.last and not row.said:
             self._flies([row], *self._device.first(row, logits_1v))
 
-    def _decode(self, rows: list[scheduler.Row]) -> None:
-        """One token of each row, or with drafts of some rows several."""
+    def _decode(self, rows: list[scheduler.Row], alone: bool) -> None:
+        """One token of each row, or with drafts of some rows several; or a burst."""
         with self._lock:
             checked = self._drafts.plan(rows, self._scheduler.reach)
         if checked is not None:
@@ -492,15 +492,18 @@ class Engine:
             self._flies(some, token_bt, None, (kept_b, count_b))
             rows = [row for row in rows if row not in some]
         if rows:
-            ids = self._device.decode(rows)
+            count = self._device.burst_of(rows) if alone else 1
+            with self._lock:
+                count = self._scheduler.together(rows, count)
+            ids = self._device.decode(rows, count)
             for row in rows:
-                row.length += 1
-            self._flies(rows, *ids)
+                row.length += count
+            self._flies(rows, *ids, count=count)
 
-    def _flies(self, rows: list[scheduler.Row], token_b, told, checked=None) -> None:
-        """Ids of each row are on their way: one, as long as no more are known of."""
+    def _flies(self, rows, token_b, told, checked=None, *, count: int = 1) -> None:
+        """Ids of each row are on their way: `count`, or as many as are right."""
         for row in rows:
-            row.ahead += 1
+            row.ahead += count
         self._flying.append((rows, token_b, told, checked))
 
     # ---- telling
@@ -511,10 +514,10 @@ class Engine:
         for i, row in enumerate(rows):
             if row.over:  # what came after its end was drawn for nothing
                 continue
-            row.ahead -= 1
-            ids, drafted = token_b[i : i + 1], 0
+            ids, drafted = token_b[i].reshape(-1), 0
+            row.ahead -= 1 if checked is not None else len(ids)
             if checked is not None:
-                ids, drafted = token_b[i, : checked[0][i]], int(checked[1][i])
+                ids, drafted = ids[: checked[0][i]], int(checked[1][i])
                 row.length += len(ids)
             self._drafts.came(row, drafted, len(ids) - 1)
             logprobs = ()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled programs of an engine: one step of many rows, one piece of a prompt.
 
-`decode`: the next id of b rows that have one token to go in each; `verify`: the next
+`decode`: the next id of b rows that have one token to go in each; `several`: the next
+few of each, one after the other without the host; `verify`: the next
 ids of b rows for which ids were drafted; `draft`: such ids from the MTP head;
 `prefill`: a piece of one prompt, with the scores after its last token; `first`: the id
 that is drawn from them; `prompt_scores`: as `prefill`, with what the model gave each
@@ -103,11 +104,11 @@ def begin(kept: Extras, slot, counts_v, bias_v) -> Extras:
     )
 
 
-def _draw(logits_bv, feed, kept, mask_bw):
+def _draw(logits_bv, feed, kept, mask_bw, greedy):
     """Ids of all rows, with extras where `kept` is there: (ids, told, kept)."""
-    wishes = feed.wishes
+    wishes, how = feed.wishes, {"greedy": greedy}
     if kept is None:
-        return sampling_lib.draw(logits_bv, wishes, feed.step_b), None, None
+        return sampling_lib.draw(logits_bv, wishes, feed.step_b, **how), None, None
     told_bv = jax.nn.log_softmax(logits_bv, axis=-1)
     slot_b = feed.places.slot_b
     counts_bv = kept.counts_sv[slot_b]
@@ -118,7 +119,7 @@ def _draw(logits_bv, feed, kept, mask_bw):
     word_bv = mask_bw[:, index_1v[0] // 32]
     allowed_bv = (word_bv >> (index_1v % 32)) & 1 > 0
     scores_bv = jnp.where(allowed_bv, scores_bv, -jnp.inf)
-    token_b = sampling_lib.draw(scores_bv, wishes, feed.step_b)
+    token_b = sampling_lib.draw(scores_bv, wishes, feed.step_b, **how)
     top_bk, ids_bk = jax.lax.top_k(told_bv, min(TOP, told_bv.shape[1]))
     chosen_b = jnp.take_along_axis(told_bv, token_b[:, None], axis=1)[:, 0]
     counts_sv = kept.counts_sv.at[slot_b, token_b].add(feed.real_b)
@@ -128,11 +129,46 @@ def _draw(logits_bv, feed, kept, mask_bw):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("spec", "rules"),
+    static_argnames=("spec", "rules", "greedy"),
     donate_argnames=("pages", "kept", "last_s"),
 )
-def decode(params, pages, kept, last_s, feed: Feed, mask_bw, *, spec, rules):
+def decode(
+    params, pages, kept, last_s, feed: Feed, mask_bw, *, spec, rules, greedy=False
+):
     """One step of b rows: (ids [b], told or None, pages, kept, last_s)."""
+    operands = params, pages, kept, last_s, feed, mask_bw
+    return _decode(*operands, spec, rules, greedy)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("spec", "rules", "greedy", "count"),
+    donate_argnames=("pages", "last_s"),
+)
+def several(params, pages, last_s, feed: Feed, *, spec, rules, greedy, count):
+    """`count` steps of b rows, each as `decode`: (ids [b, count], pages, last_s)."""
+
+    def one(now, i):
+        pages, last_s = now
+        token_b = jnp.where(i == 0, feed.token_b, -1)
+        length_b = feed.places.length_b + i
+        fed = feed.replace(
+            token_b=token_b,
+            step_b=feed.step_b + i,
+            places=feed.places.replace(length_b=length_b),
+        )
+        token_b, _, pages, _, last_s = _decode(
+            *(params, pages, None, last_s, fed, None), spec, rules, greedy
+        )
+        return (pages, last_s), token_b
+
+    index_i = jnp.arange(count, dtype=jnp.int32)
+    (pages, last_s), token_ib = jax.lax.scan(one, (pages, last_s), index_i)
+    return token_ib.T, pages, last_s
+
+
+def _decode(params, pages, kept, last_s, feed, mask_bw, spec, rules, greedy):
+    """As `decode` says."""
     token_b = jnp.where(feed.token_b < 0, last_s[feed.places.slot_b], feed.token_b)
     new = token_b[:, None], feed.real_b[:, None]
     hidden_btd, pages = paged.hidden(
@@ -144,7 +180,7 @@ def decode(params, pages, kept, last_s, feed: Feed, mask_bw, *, spec, rules):
         rules=rules,
     )
     logits_bv = _logits(spec, params, hidden_btd, rules)
-    token_b, told, kept = _draw(logits_bv, feed, kept, mask_bw)
+    token_b, told, kept = _draw(logits_bv, feed, kept, mask_bw, greedy)
     last_s = last_s.at[feed.places.slot_b].set(token_b)
     return token_b, told, pages, kept, last_s
 
@@ -253,10 +289,12 @@ def prompt_scores(
     return _logits(spec, params, hidden_11d, rules), told, pages
 
 
-@functools.partial(jax.jit, donate_argnames=("kept", "last_s"))
-def first(logits_1v, kept, last_s, feed: Feed, mask_1w) -> Any:
+@functools.partial(
+    jax.jit, static_argnames="greedy", donate_argnames=("kept", "last_s")
+)
+def first(logits_1v, kept, last_s, feed: Feed, mask_1w, *, greedy=False) -> Any:
     """The first id of an answer: (ids [1], told or None, kept, last_s)."""
-    token_1, told, kept = _draw(logits_1v, feed, kept, mask_1w)
+    token_1, told, kept = _draw(logits_1v, feed, kept, mask_1w, greedy)
     return token_1, told, kept, last_s.at[feed.places.slot_b].set(token_1)
 
 

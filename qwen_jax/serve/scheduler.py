@@ -205,6 +205,15 @@ class Scheduler:
         self._give(row, [page])
         return True
 
+    def together(self, rows: list[Row], count: int) -> int:
+        """`count`, where all `rows` have room for so many ids in a row, else 1; one
+        that wants fewer is given them for nothing."""
+        if any(row.length + count > len(row.table) * self.page_tokens for row in rows):
+            return 1
+        if any(self.reach(row, count - 1) < count - 1 for row in rows):
+            return 1
+        return count
+
     def reach(self, row: Row, most: int) -> int:
         """Of `most` tokens behind the next one of a row that runs, how many there is
         room for without anyone giving way."""

@@ -99,6 +99,31 @@ def test_answers_are_those_by_hand_and_nothing_is_compiled(spec):
     assert after.compiled == before.compiled
 
 
+@pytest.mark.parametrize("spec", [SPEC, HYBRID], ids=["dense", "hybrid"])
+def test_bursts_are_steps_one_after_the_other(spec):
+    """Steps that are given to the device at once, greedy and drawn, with rows that end
+    inside of a burst and others that wait."""
+    settings = dataclasses.replace(SETTINGS, burst=4)
+    made = engine.Engine(spec, weights(spec), settings=settings, stop_ids=())
+    compiled = made.warm() and made.load().compiled
+    some, told = prompts(1), {}
+    wishes = [sampling_lib.Sampling(), sampling_lib.Sampling(temperature=0.8, seed=5)]
+    for i, prompt in enumerate(some):
+        told[str(i)] = []
+        one = Request(str(i), prompt, 9 + i, sampling=wishes[i % 2])
+        made.submit(one, lambda piece: told[piece.request].append(piece))
+    while made.in_flight:
+        made.step()
+    for i, prompt in enumerate(some):
+        want = by_hand(prompt, 9 + i, spec, wishes[i % 2])
+        assert ids_of(told[str(i)]) == want
+    assert made.load().compiled == compiled
+    # Alone: the prompt with its first id, and then bursts of four as far as they fit.
+    before, one = made.steps, Request("alone", some[0], 10, salt="new")
+    assert ids_of(made.run([one])["alone"]) == by_hand(some[0], 10, spec)
+    assert made.steps - before == 1 + 2 + 1
+
+
 def test_a_prompt_that_was_there_is_not_computed_again(monkeypatch):
     made = engine.Engine(SPEC, weights(), settings=SETTINGS, stop_ids=())
     seen = []
