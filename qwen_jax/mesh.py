@@ -287,7 +287,7 @@ def product(
         w_oi, flat = w.x.reshape(-1, width), x.reshape(rows, width)
         if platform() == "cpu":
             y = (w_oi @ flat.T).T
-        elif rows == 1 and (one := _one_row()).there():
+        elif rows == 1 and (one := _one_row()).there(x.dtype):
             y = one.product(w_oi, flat[0])
         else:
             y = jax.lax.dot_general(flat, w_oi, (((1,), (1,)), ((), ())))

@@ -42,9 +42,10 @@ class Norm:
     offset: bool
 
 
-def there() -> bool:
-    """Whether this JAX has what the kernel is written in."""
-    return pl_triton is not None
+def there(dtype: jnp.dtype) -> bool:
+    """Whether this JAX has what the kernel is written in, and float32 is enough."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return pl_triton is not None and wide == jnp.float32
 
 
 def outputs_for(outputs: int) -> int:

@@ -50,6 +50,7 @@ def parser() -> flags.Parser:
     add("--rounds", type=int, default=5, help="rounds in which each takes a turn")
     add("--page_tokens", type=int, default=64, help="tokens of a page")
     add("--piece", type=int, default=256, help="tokens of a piece of a prompt")
+    add("--burst", type=int, default=0, help="steps at once; 0 as served")
     flags.add_outputs(top)
     group = top.add_argument_group("shape")
     defaults = shape_lib.Shape()
@@ -172,6 +173,7 @@ class _World:
             rows=args.rows,
             page_tokens=args.page_tokens,
             piece=args.piece,
+            burst=args.burst,
         )
         self.made = engine.Engine(self.spec, tree, settings=settings, stop_ids=())
         self.made.warm()

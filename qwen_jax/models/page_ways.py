@@ -162,7 +162,8 @@ def blocked(q_btnk, held, real_bt, places, window):
 def kernel(q_btnk, held, real_bt, places, window):
     """One token of each row by a kernel for GPUs, where it takes these shapes."""
     v_nhck = held["v_nhck"]
-    if q_btnk.shape[1] != 1 or not paged_rows.fits(v_nhck.shape[3], v_nhck.shape[2]):
+    sizes = v_nhck.shape[3], v_nhck.shape[2], q_btnk.dtype
+    if q_btnk.shape[1] != 1 or not paged_rows.fits(*sizes):
         return blocked(q_btnk, held, real_bt, places, window)
     end_b = places.length_b + real_bt[:, 0]
     first_b = jnp.maximum(end_b - window, 0) if window else jnp.zeros_like(end_b)

@@ -14,6 +14,7 @@ Raises: nothing.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from qwen_jax import mesh, one_row
 from qwen_jax.models import attention as attn
@@ -26,7 +27,7 @@ def fits(spec: spec_lib.Spec, kind: Any, p: dict[str, Any], rows: int, way: str)
     plain = spec.streams is None and kind.mixer == "attention" and not kind.sparse
     if rows != 1 or way != "kernel" or not plain or mesh.active():
         return False
-    if not one_row.there():
+    if not one_row.there(jnp.dtype(spec.compute_dtype)):
         return False
     return isinstance(p["mlp"]["gate_ldf"], mesh.Turned)
 

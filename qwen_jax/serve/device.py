@@ -83,15 +83,13 @@ class Settings:
             *("rows", "page_tokens", "piece", "max_waiting", "image_patches"),
             *("draft_tokens", "draft_rows"),
         ):
-            if getattr(self, name) < 1:
-                raise config.InputError(
-                    f"{name}={getattr(self, name)}: wanted at least 1"
-                )
+            if (given := getattr(self, name)) < 1:
+                raise config.InputError(f"{name}={given}: wanted at least 1")
         for name in ("max_wait_s", "images", "draft_cost", "burst", "growth"):
-            if not (getattr(self, name) or 0) >= 0:
-                raise config.InputError(
-                    f"{name}={getattr(self, name)}: wanted 0 or more"
-                )
+            if not ((given := getattr(self, name)) or 0) >= 0:
+                raise config.InputError(f"{name}={given}: wanted 0 or more")
+        if self.growth == 1:
+            raise config.InputError("growth=1: wanted 2 or more, or 0 for as it comes")
         if self.draft_tokens > MOST_DRAFTS:
             raise config.InputError(
                 f"draft_tokens={self.draft_tokens}: wanted at most {MOST_DRAFTS}; more "
@@ -209,8 +207,7 @@ class Device:
         self._mesh = jax.sharding.get_mesh()
         self._params = decode.laid_out(spec, params)
         self._how = {"spec": spec, "rules": self.rules}
-        with jax.set_mesh(self._mesh):
-            on_cpu = mesh.platform() == "cpu"
+        on_cpu = mesh.platform() == "cpu"
         # A step that waits for a few steps' ids is no faster by a burst.
         self.burst = 1 if settings.drafts else settings.burst or (1 if on_cpu else 8)
         # Branches cost an accelerator more than a second set of programs.
@@ -240,14 +237,11 @@ class Device:
                 programs.extras(settings.rows, self.spec.vocab_size),
                 jnp.zeros(settings.rows + 1, jnp.int32),
             )
-            # Parts may be one array, and each is given away only once; not all are
-            # copied, for which there is no room.
-            leaves, tree = jax.tree.flatten(made)
-            firsts = {id(x): i for i, x in reversed(list(enumerate(leaves)))}
-            apart = [
-                x if firsts[id(x)] == i else jnp.copy(x) for i, x in enumerate(leaves)
-            ]
-            self._pages, self._extras, self._last_s = jax.tree.unflatten(tree, apart)
+            seen: set[int] = set()  # what is there twice is copied: each is given away
+            made = jax.tree.map(
+                lambda x: jnp.copy(x) if id(x) in seen else seen.add(id(x)) or x, made
+            )
+            self._pages, self._extras, self._last_s = made
             if self._sight is not None:
                 self._sight.empty()
         self._wishes: tuple[Any, Any] = (None, None)

@@ -107,6 +107,8 @@ def test_programs_are_enough_for_the_chip_and_no_more_than_pages():
     assert one_row.outputs_for(1024) == 1
     assert one_row.outputs_for(12288) == 8
     assert not paged_rows.fits(96, 64)
+    assert not paged_rows.fits(128, 64, jnp.dtype("float64"))
+    assert not one_row.there(jnp.dtype("float64"))
     assert paged_rows.fits(128, 64)
 
 

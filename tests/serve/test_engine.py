@@ -552,6 +552,10 @@ def test_vectors_of_documents():
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(config.InputError, match="multiple of page_tokens"):
         device.Settings(piece=20, page_tokens=8)
+    with pytest.raises(config.InputError, match="growth=1: wanted 2"):
+        device.Settings(growth=1)
+    with pytest.raises(config.InputError, match="burst=-1: wanted 0"):
+        device.Settings(burst=-1)
     with pytest.raises(config.InputError, match="holds no page"):
         engine.Engine(SPEC, weights(), settings=device.Settings(memory_bytes=100))
     with pytest.raises(config.InputError, match="512 positions"):

@@ -32,9 +32,11 @@ LEAST_HEADS = 16  # rows of a product on the matrix units
 PROGRAMS = 528  # wanted at once, four for each of the 132 processors of a Hopper
 
 
-def fits(width: int, page_tokens: int) -> bool:
-    """Whether the kernel is there, and takes heads of this width and pages of so many
-    tokens."""
+def fits(width: int, page_tokens: int, dtype: jnp.dtype = jnp.float32) -> bool:
+    """Whether the kernel is there, and takes heads of this width, pages of so many
+    tokens, and this dtype."""
+    if jnp.promote_types(dtype, jnp.float32) != jnp.float32:
+        return False
     return pl_triton is not None and all(
         n >= 16 and n & (n - 1) == 0 for n in (width, page_tokens)
     )
