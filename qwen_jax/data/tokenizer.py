@@ -362,7 +362,11 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _template_files(folder: pathlib.Path) -> str | list[dict[str, str]] | None:
-    """The templates that stand in files of their own: one text, or several by name."""
+    """The templates that stand in files of their own: one text, or several by name.
+
+    chat_template.json is what processors of models with images wrote before there was
+    chat_template.jinja, which goes before it.
+    """
     paths = {"default": folder / "chat_template.jinja"}
     more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     paths |= {path.stem: path for path in more}
@@ -373,6 +377,11 @@ def _template_files(folder: pathlib.Path) -> str | list[dict[str, str]] | None:
                 texts[name] = path.read_text(encoding="utf-8")
             except ValueError as error:
                 raise config.InputError(f"{path}: it is not UTF-8 text") from error
+    old = folder / "chat_template.json"
+    if "default" not in texts and old.is_file():
+        texts["default"] = _read_json(old).get("chat_template")
+        if not isinstance(texts["default"], str):
+            raise config.InputError(f"{old}: wanted a text under 'chat_template'")
     if list(texts) == ["default"]:
         return texts["default"]
     return [{"name": name, "template": text} for name, text in texts.items()] or None

@@ -333,6 +333,22 @@ def test_files_of_templates_go_before_the_settings(words, tmp_path):
         tokenizer.load(tmp_path)
 
 
+def test_the_file_that_processors_wrote_before(words, tmp_path):
+    words.save(tmp_path)
+    for old in tmp_path.glob("chat_template*"):
+        old.unlink()
+    old = tmp_path / "chat_template.json"
+    old.write_text(json.dumps({"chat_template": "{{ messages }} of old"}))
+    assert tokenizer.load(tmp_path).chat_template == "{{ messages }} of old"
+    (tmp_path / "chat_template.jinja").write_text("of now")
+    assert tokenizer.load(tmp_path).chat_template == "of now"
+    (tmp_path / "chat_template.jinja").unlink()
+    for text, says in (("[]", "JSON object"), ("{}", "wanted a text"), ("{", "JSON")):
+        old.write_text(text)
+        with pytest.raises(config.InputError, match=says):
+            tokenizer.load(tmp_path)
+
+
 # --- bad input ---
 
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

@@ -12,7 +12,8 @@ schemas_that_look_dear_are_not; test_openai_bad: schemas, schemas_that_are_not_t
 42 answers_that_imitate_calls. 43 test_openai_bad: unknown_fields.
 44 test_openai_bad: settings_of_templates. 45-46 test_http_limits:
 templates_that_misbehave. 47-48 control_tokens_in_texts. 49-50 long_texts.
-51-52 test_openai_bad: images; tests/data/test_image: bad_pictures_are_named.
+51-52 test_openai_bad: images, ten_thousand_frames; tests/data/test_image:
+bad_pictures_are_named.
 53-54 tests/models/test_safetensors: a_file_that_lies_is_named, names_are_never_paths.
 55 tests/models/test_gguf_file: a_file_that_lies_is_refused, ten_thousand_times.
 56 tests/models/test_config_json. 57 tests/data/test_tokenizer: bad_files. 58 none, for

@@ -25,6 +25,8 @@ import zlib
 import openai
 import pytest
 
+from qwen_jax.data import picture
+from qwen_jax.serve import pictures
 from tests.data import chat_templates
 from tests.serve import fake_engine, scripts, servers
 
@@ -569,6 +571,24 @@ def test_images(client, url):
     at = "messages[0].content[1].image_url.url"
     error = bad(client, at, "invalid_image_url", messages=said)
     assert "0x" not in error.message and "passwd" not in error.message
+
+
+def test_of_a_picture_with_ten_thousand_frames_the_first_is_read(monkeypatch):
+    """Row 52 of the hostile table."""
+    Image = pytest.importorskip("PIL.Image")
+    kind = pytest.importorskip("PIL.GifImagePlugin").GifImageFile
+    one, frames = gif(), 10_000
+    # Behind the header and the colours: the frame, then the end of the file.
+    begins = one.index(b",\x00\x00\x00\x00")
+    many = one[:begins] + one[begins:-1] * frames + one[-1:]
+    assert Image.open(io.BytesIO(many)).n_frames == frames
+    seen, plain = [], kind.seek
+    see = lambda self, frame: (seen.append(frame), plain(self, frame))[1]  # noqa: E731
+    monkeypatch.setattr(kind, "seek", see)
+    made = pictures.of_url(uri(many, "image/gif"), "auto", "x")
+    assert (made.pixels, made.data) == (4, many)
+    assert picture.load(many, pictures.LIMITS).size == (2, 2)
+    assert all(frame == 0 for frame in seen)
 
 
 def test_an_engine_that_never_can(server, client):
