@@ -361,6 +361,7 @@ def attention(
         functools.partial(_local, way=way, window=window, trial=trial),
         inputs=(heads, kv_heads, kv_heads, pools, jax.P(None, None), where),
         out=(heads, pools),
+        checked=way != "kernel",  # a kernel does not say which axes it varies on
     )
     out_btnk, held = run(q_btnk, k_bthk, v_bthk, held, real_bt, places)
     return attn.merge(p, out_btnk, x_btd, spec, rules), held

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import models, one_row
-from qwen_jax.models import decode, page_ways
+from qwen_jax import mesh, models, one_row, params
+from qwen_jax.models import decode, decoder, page_ways
 from qwen_jax.models import norm as norm_lib
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.models.kernels import paged_rows
@@ -159,3 +159,21 @@ def test_an_engine_with_kernels_gives_the_answers_of_the_loop(name, monkeypatch)
         told = made.run(asked)
         got = [[t for piece in told[one.id] for t in piece.ids] for one in asked]
         assert got == want[: len(some)]
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+def test_each_device_has_the_kernel_of_its_heads(monkeypatch):
+    monkeypatch.setattr(page_ways, "here", lambda: "kernel")
+    spec = dataclasses.replace(DENSE, width=64, num_layers=2, ffn_width=64)
+    tree, rules = models.init(spec, 3), mesh.Rules(batch=None)
+    prompts = np.random.default_rng(0).integers(0, 300, (2, 37)).tolist()
+    want = decode.generate(spec, tree, prompts, max_tokens=6, stop_ids=())
+    devices = mesh.make(mesh.MeshConfig(1, 1, 2, 1), jax.devices()[:2])
+    layout = params.shardings(decoder.decoder_params(spec), devices, rules)
+    settings = device.Settings(rows=2, page_tokens=16, piece=64, max_tokens=64)
+    with jax.set_mesh(devices):
+        laid = jax.tree.map(jax.device_put, tree, layout)
+        made = engine.Engine(spec, laid, settings=settings, rules=rules, stop_ids=())
+    asked = [request.Request(str(i), tuple(one), 6) for i, one in enumerate(prompts)]
+    told = made.run(asked)
+    assert [[t for p in told[one.id] for t in p.ids] for one in asked] == want
