@@ -7,7 +7,7 @@ For accelerators, with random weights of a published size:
   in its pages, given to the device one behind the other without waiting, and in bursts
   of a few (`device.Settings.burst`); the bytes that a step must read (every weight that
   it uses once, and the rows' keys and values) over its time, and that as a share of
-  `copy`; rows that are greedy;
+  `copy`; no row has top-k, top-p or min-p;
 - `crowd`: the engine itself, `--crowd` requests at once, `--tokens` random tokens in
   and `--new_tokens` out: tokens/s of answers, time to the first token, time of a token.
 `--profile DIR` leaves a trace of a few steps, and the kernels that took longest.

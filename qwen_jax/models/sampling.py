@@ -70,6 +70,12 @@ class Sampling:
     frequency_penalty: float = 0.0
     seed: int = 0
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a draw leaves ids out."""
+        some = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return self.temperature > 0 and some
+
     def __post_init__(self):
         for name, (kinds, fits, wanted) in BOUNDS.items():
             value = getattr(self, name)
@@ -180,7 +186,7 @@ def noise(rows: Rows, step_b: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def draw(
-    logits_bv: jax.Array, rows: Rows, step_b: jax.Array, *, greedy: bool = False
+    logits_bv: jax.Array, rows: Rows, step_b: jax.Array, *, uncut: bool = False
 ) -> jax.Array:
     """One id a row, int32 [b].
 
@@ -188,12 +194,10 @@ def draw(
       logits_bv: float32, after `penalized` where rows have a penalty.
       rows: settings.
       step_b: int32, the number of the token within its row's answer.
-      greedy: no row has a temperature, as far as the caller knows. (A GPU asks the
-        host which branch to take, and the host waits for all before it.)
+      uncut: the caller knows that no row has a cut. (A GPU asks the host which branch
+        to take, and the host waits for all before it.)
     """
     greedy_b = jnp.argmax(logits_bv, axis=1).astype(jnp.int32)
-    if greedy:
-        return greedy_b
     warm_b = rows.temperature_b > 0
     cuts_b = (rows.top_k_b > 0) | (rows.top_p_b < 1) | (rows.min_p_b > 0)
     short_b = (rows.top_k_b > 0) & (rows.top_k_b <= SHORT)
@@ -222,5 +226,7 @@ def draw(
         ways = (whole, among_few, among_all)
         return jax.lax.switch(way, ways, logits_bv).astype(jnp.int32)
 
+    if uncut:
+        return jnp.where(warm_b, whole(logits_bv).astype(jnp.int32), greedy_b)
     drawn_b = jax.lax.cond(jnp.any(warm_b), drawn, lambda _: greedy_b, logits_bv)
     return jnp.where(warm_b, drawn_b, greedy_b)

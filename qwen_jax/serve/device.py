@@ -211,7 +211,7 @@ class Device:
         # A step that waits for a few steps' ids is no faster by a burst.
         self.burst = 1 if settings.drafts else settings.burst or (1 if on_cpu else 8)
         # Branches cost an accelerator more than a second set of programs.
-        self._knows_greedy = not on_cpu
+        self._knows_uncut = not on_cpu
         self._sight = None
         if spec.vision is not None and settings.images > 0 and spec.head == "tokens":
             buckets = settings.patch_buckets(spec.vision)
@@ -326,16 +326,16 @@ class Device:
         """The first id of an answer: (ids [1], told or None)."""
         full = is_full(row)
         feed = self._feed([row], 1, full)
-        return self._first(logits_1v, full, *feed, self._greedy([row]))
+        return self._first(logits_1v, full, *feed, self._uncut([row]))
 
-    def _greedy(self, rows: list[scheduler.Row]) -> bool:
-        warm = any(row.request.sampling.temperature > 0 for row in rows)
-        return self._knows_greedy and not warm
+    def _uncut(self, rows: list[scheduler.Row]) -> bool:
+        cut = any(row.request.sampling.cuts for row in rows)
+        return self._knows_uncut and not cut
 
-    def _first(self, logits_1v, full, feed, mask_bw, greedy=False):
+    def _first(self, logits_1v, full, feed, mask_bw, uncut=False):
         kept = self._extras if full else None
         token_b, told, kept, self._last_s = programs.first(
-            logits_1v, kept, self._last_s, feed, mask_bw, greedy=greedy
+            logits_1v, kept, self._last_s, feed, mask_bw, uncut=uncut
         )
         self._extras = kept if full else self._extras
         return token_b, told
@@ -345,28 +345,28 @@ class Device:
         full, settings = any(is_full(row) for row in rows), self.settings
         buckets = settings.full_buckets() if full else settings.row_buckets()
         b = next(b for b in buckets if b >= len(rows))
-        greedy, feed = self._greedy(rows), self._feed(rows, b, full)
+        uncut, feed = self._uncut(rows), self._feed(rows, b, full)
         if count > 1:
-            return self._several(feed[0], greedy), None
-        return self._decode(full, *feed, greedy)
+            return self._several(feed[0], uncut), None
+        return self._decode(full, *feed, uncut)
 
     def burst_of(self, rows: list[scheduler.Row]) -> int:
         """Steps that `decode` can make of these rows at once."""
         return 1 if any(is_full(row) for row in rows) else self.burst
 
-    def _several(self, feed, greedy):
+    def _several(self, feed, uncut):
         token_bt, self._pages, self._last_s = programs.several(
             self._params,
             self._pages,
             self._last_s,
             feed,
-            greedy=greedy,
+            uncut=uncut,
             count=self.burst,
             **self._how,
         )
         return token_bt
 
-    def _decode(self, full, feed, mask_bw, greedy=False):
+    def _decode(self, full, feed, mask_bw, uncut=False):
         token_b, told, self._pages, kept, self._last_s = programs.decode(
             self._params,
             self._pages,
@@ -374,7 +374,7 @@ class Device:
             self._last_s,
             feed,
             mask_bw,
-            greedy=greedy,
+            uncut=uncut,
             **self._how,
         )
         self._extras = kept if full else self._extras
@@ -579,18 +579,18 @@ class Device:
         dtype = jnp.promote_types(self.spec.compute_dtype, jnp.float32)
         with jax.set_mesh(self._mesh):
             logits_1v = jnp.zeros((1, self.spec.vocab_size), dtype)
-        for full, greedy in itertools.product((False, True), self._kinds()):
-            self._first(logits_1v, full, *self._feed([], 1, full), greedy)
+        for full, uncut in itertools.product((False, True), self._kinds()):
+            self._first(logits_1v, full, *self._feed([], 1, full), uncut)
 
     def _kinds(self) -> tuple[bool, ...]:
-        return (False, True) if self._knows_greedy else (False,)
+        return (False, True) if self._knows_uncut else (False,)
 
     def _warm_rows(self, b: int, full: bool) -> None:
-        for greedy in self._kinds():
+        for uncut in self._kinds():
             feed = self._feed([], b, full)
-            self._decode(full, *feed, greedy)
+            self._decode(full, *feed, uncut)
             if self.burst > 1 and not full:
-                self._several(feed[0], greedy)
+                self._several(feed[0], uncut)
 
 
 def compiled() -> int:

@@ -104,9 +104,9 @@ def begin(kept: Extras, slot, counts_v, bias_v) -> Extras:
     )
 
 
-def _draw(logits_bv, feed, kept, mask_bw, greedy):
+def _draw(logits_bv, feed, kept, mask_bw, uncut):
     """Ids of all rows, with extras where `kept` is there: (ids, told, kept)."""
-    wishes, how = feed.wishes, {"greedy": greedy}
+    wishes, how = feed.wishes, {"uncut": uncut}
     if kept is None:
         return sampling_lib.draw(logits_bv, wishes, feed.step_b, **how), None, None
     told_bv = jax.nn.log_softmax(logits_bv, axis=-1)
@@ -129,23 +129,23 @@ def _draw(logits_bv, feed, kept, mask_bw, greedy):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("spec", "rules", "greedy"),
+    static_argnames=("spec", "rules", "uncut"),
     donate_argnames=("pages", "kept", "last_s"),
 )
 def decode(
-    params, pages, kept, last_s, feed: Feed, mask_bw, *, spec, rules, greedy=False
+    params, pages, kept, last_s, feed: Feed, mask_bw, *, spec, rules, uncut=False
 ):
     """One step of b rows: (ids [b], told or None, pages, kept, last_s)."""
     operands = params, pages, kept, last_s, feed, mask_bw
-    return _decode(*operands, spec, rules, greedy)
+    return _decode(*operands, spec, rules, uncut)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("spec", "rules", "greedy", "count"),
+    static_argnames=("spec", "rules", "uncut", "count"),
     donate_argnames=("pages", "last_s"),
 )
-def several(params, pages, last_s, feed: Feed, *, spec, rules, greedy, count):
+def several(params, pages, last_s, feed: Feed, *, spec, rules, uncut, count):
     """`count` steps of b rows, each as `decode`: (ids [b, count], pages, last_s)."""
 
     def one(now, i):
@@ -158,7 +158,7 @@ def several(params, pages, last_s, feed: Feed, *, spec, rules, greedy, count):
             places=feed.places.replace(length_b=length_b),
         )
         token_b, _, pages, _, last_s = _decode(
-            *(params, pages, None, last_s, fed, None), spec, rules, greedy
+            *(params, pages, None, last_s, fed, None), spec, rules, uncut
         )
         return (pages, last_s), token_b
 
@@ -167,7 +167,7 @@ def several(params, pages, last_s, feed: Feed, *, spec, rules, greedy, count):
     return token_ib.T, pages, last_s
 
 
-def _decode(params, pages, kept, last_s, feed, mask_bw, spec, rules, greedy):
+def _decode(params, pages, kept, last_s, feed, mask_bw, spec, rules, uncut):
     """As `decode` says."""
     token_b = jnp.where(feed.token_b < 0, last_s[feed.places.slot_b], feed.token_b)
     new = token_b[:, None], feed.real_b[:, None]
@@ -180,7 +180,7 @@ def _decode(params, pages, kept, last_s, feed, mask_bw, spec, rules, greedy):
         rules=rules,
     )
     logits_bv = _logits(spec, params, hidden_btd, rules)
-    token_b, told, kept = _draw(logits_bv, feed, kept, mask_bw, greedy)
+    token_b, told, kept = _draw(logits_bv, feed, kept, mask_bw, uncut)
     last_s = last_s.at[feed.places.slot_b].set(token_b)
     return token_b, told, pages, kept, last_s
 
@@ -289,12 +289,10 @@ def prompt_scores(
     return _logits(spec, params, hidden_11d, rules), told, pages
 
 
-@functools.partial(
-    jax.jit, static_argnames="greedy", donate_argnames=("kept", "last_s")
-)
-def first(logits_1v, kept, last_s, feed: Feed, mask_1w, *, greedy=False) -> Any:
+@functools.partial(jax.jit, static_argnames="uncut", donate_argnames=("kept", "last_s"))
+def first(logits_1v, kept, last_s, feed: Feed, mask_1w, *, uncut=False) -> Any:
     """The first id of an answer: (ids [1], told or None, kept, last_s)."""
-    token_1, told, kept = _draw(logits_1v, feed, kept, mask_1w, greedy)
+    token_1, told, kept = _draw(logits_1v, feed, kept, mask_1w, uncut)
     return token_1, told, kept, last_s.at[feed.places.slot_b].set(token_1)
 
 

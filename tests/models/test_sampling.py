@@ -181,6 +181,29 @@ def test_a_draw_does_not_depend_on_the_other_rows(logits):
     assert together[1] == logits[1].argmax()
 
 
+def test_a_caller_that_knows_of_no_cuts_gets_the_same_ids(logits):
+    rows = sampling.stack(
+        [
+            sampling.Sampling(),
+            sampling.Sampling(temperature=0.7, seed=3),
+            sampling.Sampling(temperature=1.0, seed=2**40),
+        ]
+    )
+    logits_bv = jnp.tile(logits[:1], (3, 1)) * 3
+    found = []
+    for step in range(30):
+        step_b = jnp.full(3, step, jnp.int32)
+        ids = sampling.draw(logits_bv, rows, step_b, uncut=True)
+        np.testing.assert_array_equal(ids, sampling.draw(logits_bv, rows, step_b))
+        assert ids.dtype == jnp.int32
+        found.append(np.asarray(ids))
+    assert not any(sampling.Sampling(temperature=t).cuts for t in (0.0, 1.0))
+    assert not sampling.Sampling(top_k=5).cuts  # greedy
+    cuts = {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}
+    assert all(sampling.Sampling(temperature=1.0, **one).cuts for one in cuts)
+    assert len(set(np.array(found)[:, 0])) == 1 < len(set(np.array(found)[:, 1]))
+
+
 def test_equal_scores_at_the_edge_of_top_k_are_all_in_the_draw():
     got = draws([2.0, 1.0, 1.0, 1.0, 0.0], temperature=1.0, top_k=2)
     assert set(np.flatnonzero(got)) == {0, 1, 2, 3}
