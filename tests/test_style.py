@@ -18,7 +18,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-GROUND = ("dims", "mesh", "params", "rng", "config", "metrics")
+GROUND = ("dims", "mesh", "params", "rng", "config", "metrics", "one_row")
 ORDER = [
     *[(name,) for name in ("data", "multitask", "curate", "quant", "models", "optim")],
     *[(name,) for name in ("plan", "fabric", "train", "graph", "rl", "eval")],

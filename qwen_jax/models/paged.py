@@ -191,28 +191,18 @@ def hidden(
         x = _put_in(x, shown.features_fd, shown.index_bt, rules, add=False)
         deep = () if shown.deep_lfd is None else shown.deep_lfd
     way = way or page_ways.here()
-    mix = functools.partial(
-        attention,
-        real_bt=real_bt,
-        places=places,
-        spec=spec,
-        rules=rules,
-        way=way,
-        trial=trial,
-    )
+    how = {"real_bt": real_bt, "places": places, "way": way, "trial": trial}
+    mix = functools.partial(attention, **how, spec=spec, rules=rules)
     held, new, after, inputs = iter(pages.attention), [], [], []
     states = iter(_states(pages, places))
     for i, (kind, p) in enumerate(zip(spec.kinds, params["layers"], strict=True)):
         if paged_one.fits(spec, kind, p, tokens_bt.size, way):
-            how = {"way": way, "window": kind.window, "trial": False}
-            see_held = functools.partial(
-                _local, held=next(held), real_bt=real_bt, places=places, **how
+            attend = functools.partial(
+                _local, held=next(held), window=kind.window, **how
             )
-            x, mine = paged_one.layer(spec, p, x, angles, see_held)
+            x, mine = paged_one.layer(spec, p, x, angles, attend)
             new.append(mine)
-            if i < len(deep):
-                x = _put_in(x, deep[i], shown.index_bt, rules, add=True)
-            continue
+            continue  # a piece with images has more tokens than one
         y_btd, inject = streams.enter(p[streams.names(spec)[0]], x, spec, rules)
         if kind.mixer == "attention":
             y_btd, mine = mix(

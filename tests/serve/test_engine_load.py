@@ -59,7 +59,10 @@ class Device:
     def first(self, row, logits):
         return np.array([7]), None
 
-    def decode(self, rows):
+    def burst_of(self, rows):
+        return 1
+
+    def decode(self, rows, count):
         self._clock.now_s += self.decode_s
         return np.full(len(rows), 7), None
 
