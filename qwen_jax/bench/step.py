@@ -22,12 +22,14 @@ import argparse
 import collections
 import glob
 import gzip
+import itertools
 import json
 import shlex
 import statistics
 import time
 import types
 from typing import Any
+from unittest import mock
 
 from qwen_jax import config
 from qwen_jax.bench import candidates, flags, table
@@ -85,28 +87,28 @@ def measure(args: argparse.Namespace, rows: list[int]) -> dict[str, Any]:
 
     from qwen_jax.models import page_ways
 
+    names = [name for name in args.ways.split(",") if name] or [page_ways.here()]
+    for way in names:
+        if way not in page_ways.WAYS:
+            raise config.InputError(f"--ways has {way!r}: {', '.join(page_ways.WAYS)}")
+    world = _World(args)
     device = jax.devices()[0]
     found: dict[str, Any] = {"device": f"{device.device_kind}, jax {jax.__version__}"}
     found["copy"] = _copy(args)
     candidates.say(f"copy: {found['copy'] / 1e9:,.0f} GB/s")
-    world = _World(args)
+    world.make()
     found["model"] = args.model + (f", {args.layers} layers" if args.layers else "")
     found["weights"] = world.weights
-    names = [name for name in args.ways.split(",") if name] or [page_ways.here()]
     found["steps"] = []
-    plain = page_ways.here
-    for way in names:
-        if way not in page_ways.WAYS:
-            raise config.InputError(f"--ways has {way!r}: {', '.join(page_ways.WAYS)}")
-        page_ways.here = lambda way=way: way
-        for count in rows:
-            for one in world.step(count):
-                one |= {"way": way, "share": one["bytes_per_s"] / found["copy"]}
-                found["steps"].append(one)
-                told = f"{way}, {count} rows: {one['step_s'] * 1e3:.3f} ms a step"
-                candidates.say(f"{told}, {one['burst']} at once")
-            jax.clear_caches()  # programs of another way have the same arguments
-    page_ways.here = plain
+    for way, count in itertools.product(names, rows):
+        with mock.patch.object(page_ways, "here", lambda way=way: way):
+            steps = world.step(count)
+        for one in steps:
+            one |= {"way": way, "share": one["bytes_per_s"] / found["copy"]}
+            found["steps"].append(one)
+            told = f"{way}, {count} rows: {one['step_s'] * 1e3:.3f} ms a step"
+            candidates.say(f"{told}, {one['burst']} at once")
+        jax.clear_caches()  # programs of another way have the same arguments
     if args.crowd:
         found["crowd"] = world.crowd()
     return found
@@ -132,16 +134,23 @@ class _World:
     """Random weights, and what is measured with them."""
 
     def __init__(self, args: argparse.Namespace):
-        import jax
-
-        from qwen_jax import params as params_lib
-        from qwen_jax import rng
-        from qwen_jax.models import decode, decoder, sizes
+        from qwen_jax.models import sizes
 
         self.args = args
         more = {"num_layers": args.layers} if args.layers else {}
         how = {"param_dtype": args.dtype, "compute_dtype": args.dtype}
         self.spec = sizes.get(args.model, **how, **more)
+        self.settings(max(args.crowd, 1), args.new_tokens)  # refuses what does not fit
+
+    def make(self) -> None:
+        """The weights."""
+        import jax
+
+        from qwen_jax import params as params_lib
+        from qwen_jax import rng
+        from qwen_jax.models import decode, decoder
+
+        args = self.args
         candidates.say(f"making weights of {args.model}")
         tree = decoder.decoder_params(self.spec)
         made = params_lib.init(tree, rng.key_for(0, "params"), args.dtype, None)
