@@ -145,8 +145,9 @@ def read(folder: pathlib.Path, step: int) -> tuple[dict[str, Any] | None, str]:
 
 
 def check_sizes(folder: pathlib.Path, content: dict[str, Any]) -> list[str]:
-    """Problems visible without reading: files that are missing or of another size."""
-    return [
+    """Problems visible without reading: files that are missing or of another size, and
+    links out of the folder, which could name any file of the machine as a weight."""
+    return _links_out(folder) + [
         problem
         for path, (size, _) in content["files"].items()
         if (problem := _size_problem(folder, path, size))
@@ -172,7 +173,20 @@ def check_digests(
     return [text for text in _parallel(problem, wanted_paths) if text]
 
 
+def _links_out(folder: pathlib.Path) -> list[str]:
+    whole = folder.resolve()
+    return [
+        f"{path.relative_to(folder)} is a link out of the checkpoint"
+        for top, folders, names in os.walk(folder)
+        for path in (pathlib.Path(top, name) for name in sorted((*folders, *names)))
+        if path.is_symlink() and not path.resolve().is_relative_to(whole)
+    ]
+
+
 def _size_problem(folder: pathlib.Path, path: str, size: int) -> str:
+    parts = pathlib.PurePosixPath(path)
+    if parts.is_absolute() or ".." in parts.parts:
+        return f"{path} is not a path inside of the checkpoint"
     try:
         found = os.stat(folder / path).st_size
     except OSError as error:

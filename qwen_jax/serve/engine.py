@@ -268,6 +268,7 @@ class Engine:
         *,
         max_tokens: int,
         stop: Sequence[str] = (),
+        images: Sequence[Sequence[images.Image]] | None = None,
         **sampling: Any,
     ) -> list[str]:
         """The answer to each prompt, a text (with its marks read) or ids.
@@ -276,6 +277,7 @@ class Engine:
           prompts: any number; more than fit wait for their turn.
           max_tokens: most ids of an answer.
           stop: texts that end an answer.
+          images: those of each prompt, for models that see: `images.py`.
           **sampling: fields of `sampling.Sampling`; greedy without.
         """
         ids = [
@@ -284,17 +286,14 @@ class Engine:
             else one
             for one in prompts
         ]
-        wish, number = sampling_lib.Sampling(**sampling), next(self._calls)
-        requests = [
-            request_lib.Request(
-                id=f"generate-{number}-{i}",
-                prompt=tuple(map(int, one)),
-                max_tokens=max_tokens,
-                sampling=wish,
-                stop=tuple(stop),
-            )
-            for i, one in enumerate(ids)
-        ]
+        requests = request_lib.alike(
+            f"generate-{next(self._calls)}",
+            ids,
+            images,
+            max_tokens=max_tokens,
+            sampling=sampling_lib.Sampling(**sampling),
+            stop=tuple(stop),
+        )
         pieces = self.run(requests)
         return ["".join(piece.text for piece in pieces[r.id]) for r in requests]
 

@@ -14,7 +14,7 @@ Raises: config.InputError naming the field, in `Request` and `check`.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -89,6 +89,30 @@ class Request:
                 raise config.InputError(
                     f"{name}={count}: wanted 0 to {MAX_LOGPROBS}, or none"
                 )
+
+
+def alike(
+    name: str,
+    prompts: Sequence[Sequence[int]],
+    images: Sequence[Sequence[images_lib.Image]] | None = None,
+    **fields: Any,
+) -> list[Request]:
+    """A request, "NAME-i", for each prompt, with its images and the same `fields`.
+
+    Raises:
+      config.InputError: images of another number of prompts.
+    """
+    shown = [()] * len(prompts) if images is None else images
+    if len(shown) != len(prompts):
+        raise config.InputError(
+            f"images of {len(shown)} prompts for {len(prompts)}: wanted a sequence of "
+            "images, which may be empty, for each prompt"
+        )
+    parts = enumerate(zip(prompts, shown, strict=True))
+    return [
+        Request(f"{name}-{i}", tuple(map(int, ids)), images=tuple(mine), **fields)
+        for i, (ids, mine) in parts
+    ]
 
 
 def check(request: Request, *, vocab_size: int, max_tokens: int, texts: bool) -> None:

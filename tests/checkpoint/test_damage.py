@@ -130,6 +130,33 @@ def test_a_missing_file_is_known_before_restoring(folder):
         assert m.latest() == 10
 
 
+def test_links_out_of_a_step_and_paths_above_it_are_never_read(folder, tmp_path):
+    """A folder from somebody else: an array's folder leads to another of this machine,
+    whose files are the right ones, sizes and digests included."""
+    top = steps.path(folder, 20)
+    leaf, away = top / "arrays/params.w", tmp_path / "away"
+    shutil.move(leaf, away)
+    leaf.symlink_to(away, target_is_directory=True)
+    expect_fallback(folder, "params.w is a link out of the checkpoint")
+    leaf.unlink()
+    shutil.move(away, leaf)
+    (top / "arrays/root").symlink_to("/", target_is_directory=True)
+    expect_fallback(folder, "root is a link out of the checkpoint")
+    (top / "arrays/root").unlink()
+    inside = top / "arrays/mu"  # to another place of the same step: nothing leaks
+    shutil.move(inside, top / "arrays/moved")
+    inside.symlink_to("moved", target_is_directory=True)
+    with manager.Manager(folder) as m:
+        assert same(m.restore(tree_of(0))[0], tree_of(20))
+    content = manifest.read(top, 20)[0]
+    for path in ("/etc/hostname", "../10/manifest.json"):
+        content["files"] = {path: [1, ""]}
+        for check in (manifest.check_sizes, manifest.check_digests):
+            assert check(top, content) == [
+                f"{path} is not a path inside of the checkpoint"
+            ]
+
+
 def test_files_swapped_between_steps_are_seen(folder):
     new, old = (steps.path(folder, s) for s in (20, 10))
     leaf = "arrays/params.w/c/0/0"

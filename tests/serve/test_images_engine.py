@@ -6,6 +6,7 @@ at a time; for features its vision tower, without padding.
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -353,6 +354,18 @@ def test_what_does_not_fit_is_refused(warm):
         images=(Image(np.zeros((32, 7)), image.grid),),
     )
     refused("multiples of 2", images=(Image(image.pixels_py, (1, 32, 1)),))
+    # Likewise by the short way, which gives each prompt its images.
+    generate = functools.partial(warm.engine.generate, max_tokens=1)
+    two = [request.prompt, warm.ids[0]]
+    for shown, words in (
+        (None, "0 images take 0"),
+        ([(), (image,)], "0 images take 0"),
+        ([(large,), ()], r"images\[0\] has 96 patches"),
+        ([(image,)], "images of 1 prompts for 2"),
+    ):
+        with pytest.raises(config.InputError, match=words):
+            generate(two, images=shown)
+    assert generate(two, images=[(image,), ()]) == ["", ""]  # without a tokenizer
     cut = list(request.prompt)
     cut[14], cut[25] = 5, tiny_vl.IMAGE
     refused(r"images\[0\] are not side by side", prompt=tuple(cut))
