@@ -160,7 +160,8 @@ def balance_loss(counts_le, seen, probs_le, tokens) -> jax.Array:
 
     `counts_le` are of `seen` tokens, `probs_le` of some of the step's `tokens`.
     """
-    f_le = jax.lax.stop_gradient(counts_le) / jnp.maximum(seen, 1.0)
+    f_le = jax.lax.stop_gradient(counts_le).astype(probs_le.dtype)
+    f_le = f_le / jnp.maximum(seen, 1.0)
     p_le = probs_le / tokens
     return counts_le.shape[-1] * jnp.mean(jnp.sum(f_le * p_le, axis=-1))
 

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chunks of long documents, one after another: ChunkFlow's algorithm 2 in one jit.
+
+    forward:   i = 0 .. N-1, each chunk over the keys of those before it; what its
+               backward pass needs stays for the last K of them
+    backward:  i = N-1 .. 0; chunks whose part did not stay are computed forward again.
+               Keys and values of chunk i get cotangents from chunks i .. N-1, so theirs
+               are whole when its turn comes
+
+so there are N + max(0, N - K) forward passes, and memory is keys and values of the
+whole documents, their cotangents, and K chunks.
+
+Source: arXiv 2503.02356, section 4.2, with the backward pass in descending order (the
+circulating pseudocode, ascending, gives other gradients). Deviations: the last K are
+kept by a ring of K places that every forward pass writes to; N is data, so one program
+serves all documents up to its number of chunks; documents of several rows go beside
+each other, as many chunks as the longest has.
+
+Shapes: arrays of a batch [n, b, C], see `chunks.dependent`. Gradients are those of
+sum(nll + z_coef lse^2) / targets plus what `weights` asks of routers, added to `acc`.
+Raises: nothing; `layers.check` comes before.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from qwen_jax import mesh
+from qwen_jax.models import decoder, streams
+from qwen_jax.models import delta as delta_lib
+from qwen_jax.models import spec as spec_lib
+from qwen_jax.train import losses
+from qwen_jax.train.chunkflow import layers as layers_lib
+
+
+@struct.dataclass
+class Sums:
+    """What a step adds up: gradients as the weights; float32 sums of the loss (nats and
+    lse^2 of targets); forward passes that were made."""
+
+    grads: Any
+    nll: jax.Array
+    z: jax.Array
+    forwards: jax.Array
+
+
+def no_sums(params: Any) -> Sums:
+    """Of nothing yet. Gradients lie as the weights do."""
+
+    def zeros(w):
+        return jnp.zeros_like(w, dtype=jnp.promote_types(w.dtype, jnp.float32))
+
+    dtype = jax.tree.leaves(params)[0].dtype
+    zero = jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
+    return Sums(jax.tree.map(zeros, params), zero, zero, jnp.zeros((), jnp.int32))
+
+
+@struct.dataclass
+class _Store:
+    """What goes from chunk to chunk: the buffers; states and tail segments before each
+    chunk; the ring of what waits for its backward pass."""
+
+    held: layers_lib.Held
+    states: Any
+    tail_nbj: jax.Array
+    ring: Any
+
+
+def gradients(
+    params: Any,
+    acc: Sums,
+    batch: dict[str, jax.Array],
+    count: jax.Array,
+    targets: jax.Array,
+    d_stats: Any,
+    *,
+    spec: spec_lib.Spec,
+    rules: mesh.Rules,
+    live: int,
+    z_coef: float = 0.0,
+    kv_grad_dtype: Any = None,
+) -> Sums:
+    """`acc` with the gradients of `count` chunks of the batch.
+
+    Args:
+      params: the weights.
+      acc: sums so far; donate them.
+      batch: see the module docstring.
+      count: chunks of the longest document, int32.
+      targets: of the whole step, by which the loss is divided.
+      d_stats: cotangents of what routers count, a [sparse layers, ...] of each name; or
+        None.
+      live: K.
+      z_coef: weight of lse^2.
+      kv_grad_dtype: of the cotangents of keys and values; None for float32.
+    """
+    n, b, t = batch["tokens_bt"].shape
+    store, d_held = _fresh(spec, n, b, t, min(live, n), kv_grad_dtype, rules)
+
+    def forward(i, store):
+        return _forward(spec, params, _chunk(batch, i), store, i, rules)[0]
+
+    store = jax.lax.fori_loop(0, count, forward, store)
+
+    def backward(m, carry):
+        acc, store, d_held, d_states = carry
+        i = count - 1 - m
+        # A loop of none or one turn: a branch would copy the buffers.
+        again = jnp.where(i < count - live, 1, 0)
+        store = jax.lax.fori_loop(0, again, lambda _, s: forward(i, s), store)
+        chunk, part = _chunk(batch, i), jax.tree.map(lambda x: x[i], batch)
+        states, saved, x = _before(store, i)
+        (nll, z), d_end, dx = _head(spec, params, x, part, targets, z_coef, rules)
+        d = {"x": dx, "held": d_held, "states": d_states, "stats": d_stats}
+        dx, d_layers, d_held, d_states = layers_lib.backward(
+            *(spec, params, chunk, store.held, states, store.tail_nbj[i]),
+            *(saved, d, rules),
+        )
+        d_embed = _embed_back(spec, params, chunk, dx, rules)
+        grads = _added(acc.grads, d_end, {"layers": d_layers}, d_embed)
+        forwards = acc.forwards + 1 + again
+        acc = Sums(grads, acc.nll + nll, acc.z + z, forwards)
+        return acc, store, d_held, d_states
+
+    d_states = jax.tree.map(lambda x: jnp.zeros_like(x[0]), store.states)
+    carry = acc, store, d_held, d_states
+    return jax.lax.fori_loop(0, count, backward, carry)[0]
+
+
+def counted(params, batch, count, *, spec, rules) -> Any:
+    """What routers count in all tokens of a batch: forward passes alone."""
+    n, b, t = batch["tokens_bt"].shape
+    store, _ = _fresh(spec, n, b, t, 1, None, rules)
+    shape = jax.eval_shape(
+        lambda s: _forward(spec, params, _chunk(batch, 0), s, 0, rules)[1], store
+    )
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+
+    def forward(i, carry):
+        store, sums = carry
+        store, counts = _forward(spec, params, _chunk(batch, i), store, i, rules)
+        return store, jax.tree.map(jnp.add, sums, counts)
+
+    return jax.lax.fori_loop(0, count, forward, (store, zero))[1]
+
+
+def _chunk(batch, i) -> layers_lib.Chunk:
+    tokens, segments, positions = (
+        jax.lax.dynamic_index_in_dim(batch[k], i, keepdims=False)
+        for k in ("tokens_bt", "segments_bt", "positions_bt")
+    )
+    start = jnp.asarray(i * tokens.shape[1], jnp.int32)
+    return layers_lib.Chunk(tokens, segments, positions, start)
+
+
+def _fresh(spec, n, b, t, live, kv_grad_dtype, rules):
+    """(the store before the first chunk, cotangents of its buffers)."""
+    dtype = jnp.dtype(spec.compute_dtype)
+    wide = kv_grad_dtype or jnp.promote_types(dtype, jnp.float32)
+    held = layers_lib.held(spec, b, n * t, dtype, rules)
+    states, tail_nbj = None, jnp.zeros((n + 1, b, 0), jnp.int32)
+    tail_nbj = mesh.reshard(tail_nbj, rules.pspec(None, "batch", None))
+    delta = sum(kind.mixer == "delta" for kind in spec.kinds)
+    if delta:
+        states = delta_lib.fresh(spec, b, dtype, rules, n + 1, delta)
+        tail_nbj = states.pop("segments_bj")[:, 0]
+    x = jax.ShapeDtypeStruct((b, t, spec.width), dtype)
+    x = jax.eval_shape(lambda x: streams.start(x, spec), x)
+    attention = sum(kind.mixer == "attention" for kind in spec.kinds)
+    layers, heads = len(spec.kinds), (spec.num_kv_heads, spec.num_heads)
+    lead, rest = ("layers", "batch"), (None,) * (len(x.shape) - 1)
+
+    def zeros(shape, dims, dtype=dtype):
+        made = jnp.zeros((live, *shape), dtype)
+        return mesh.reshard(made, rules.pspec(None, *dims))
+
+    ring = {
+        "x_lbtd": zeros((layers, *x.shape), (*lead, *rest)),
+        "last_btd": zeros(x.shape, ("batch", *rest)),
+    }
+    if attention:
+        h, heads_n = heads
+        out = (attention, b, t, heads_n, spec.head_width)
+        lse = (attention, b, h, heads_n // h, t)
+        ring["out_lbtnk"] = zeros(out, (*lead, None, "heads", None))
+        lse_dims = (*lead, "kv_heads", None, None)
+        ring["lse_lbhgt"] = zeros(lse, lse_dims, jnp.promote_types(dtype, jnp.float32))
+    store = _Store(held, states, tail_nbj, ring)
+    return store, layers_lib.held(spec, b, n * t, wide, rules)
+
+
+def _forward(spec, params, chunk, store: _Store, i, rules):
+    """(the store with chunk i in, what routers counted)."""
+    states = jax.tree.map(lambda x: x[i], store.states)
+    tail_bj = store.tail_nbj[i]
+    x, held, states, saved, counts = layers_lib.forward(
+        spec, params, chunk, store.held, states, tail_bj, rules
+    )
+
+    def put(every, one, at):
+        return jax.lax.dynamic_update_index_in_dim(
+            every, one.astype(every.dtype), at, 0
+        )
+
+    slot = i % len(store.ring["last_btd"])
+    ring = {k: put(store.ring[k], v, slot) for k, v in saved.items()}
+    ring["last_btd"] = put(store.ring["last_btd"], x, slot)
+    rows = rules.pspec("batch", None)
+    tail = mesh.local(delta_lib.tail_segments, inputs=(rows, rows), out=rows)
+    tail_nbj = put(store.tail_nbj, tail(tail_bj, chunk.segments_bt), i + 1)
+    every = jax.tree.map(lambda x, one: put(x, one, i + 1), store.states, states)
+    return _Store(held, every, tail_nbj, ring), counts
+
+
+def _before(store: _Store, i):
+    """(states before chunk i, what was saved of it, the residual behind its layers)."""
+    slot = i % len(store.ring["last_btd"])
+    saved = {k: x[slot] for k, x in store.ring.items()}
+    states = jax.tree.map(lambda x: x[i], store.states)
+    return states, saved, saved.pop("last_btd")
+
+
+def _head(spec, params, x, part, targets, z_coef, rules):
+    """((sums of nll and lse^2), gradients of what is behind the layers, and of x)."""
+    names = [k for k in ("norm_d", "streams", "head_vd", "embed_vd") if k in params]
+    if not spec.tie_embedding:
+        names.remove("embed_vd")
+
+    def loss(mine, x):
+        hidden_btd = streams.end(mine, x, spec, rules)
+        total, sums = losses.cross_entropy(
+            hidden_btd,
+            decoder.head_vd(spec, mine),
+            part["targets_bt"],
+            part["mask_bt"],
+            z_coef=z_coef,
+            rules=rules,
+        )
+        return total / targets.astype(total.dtype), sums
+
+    mine = {k: params[k] for k in names}
+    (_, sums), (d_end, dx) = jax.value_and_grad(loss, (0, 1), has_aux=True)(mine, x)
+    return (sums["nll"], sums["z"]), d_end, dx
+
+
+def _embed_back(spec, params, chunk, dx, rules):
+    def embed(table_vd):
+        tree = params | {"embed_vd": table_vd}
+        return layers_lib.embedded(spec, tree, chunk, rules)
+
+    _, pull = jax.vjp(embed, params["embed_vd"])
+    return {"embed_vd": pull(dx)[0]}
+
+
+def _added(grads: dict, *more: dict) -> dict:
+    """Gradients of the parts of a tree, added to those of the whole."""
+    grads = dict(grads)
+    for part in more:
+        for name, new in part.items():
+            grads[name] = jax.tree.map(
+                lambda x, d: x + d.astype(x.dtype), grads[name], new
+            )
+    return grads
