@@ -446,6 +446,7 @@ BENCHES = {
     "decode": "tokens a second with a cache, beside other libraries with --peers",
     "moe": "a layer of experts beside a plain matrix product",
     "engine": "the serving engine beside a decoding loop by hand",
+    "chunkflow": "a step over long-tailed documents, in chunks and without",
     "step": "a decoding step beside the memory's bandwidth, and a crowd (accelerators)",
     "answer": "a real model's answers, beside other programs with --peers",
     "load": "weights from safetensors beside a plain read of the files",

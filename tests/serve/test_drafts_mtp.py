@@ -139,11 +139,13 @@ def test_on_a_mesh(drafts):
     device_mesh = mesh.make(mesh.MeshConfig(1, 1, 2, 1), jax.devices()[:2])
     layout = params.shardings(decoder.decoder_params(spec), device_mesh, rules)
     settings = dataclasses.replace(SETTINGS, rows=2, drafts=drafts)
+    tree = weights("qwen3_5")  # of no mesh, whichever test asks first
     with jax.set_mesh(device_mesh):
-        tree = jax.tree.map(jax.device_put, weights("qwen3_5"), layout)
+        tree = jax.tree.map(jax.device_put, tree, layout)
         made = engine.Engine(spec, tree, settings=settings, rules=rules, stop_ids=())
     some = prompts((5, 8, 13))
     told = made.run([Request(f"{i}", one, 16) for i, one in enumerate(some)])
     wanted = decode.generate(spec, weights("qwen3_5"), some, max_tokens=16, stop_ids=())
     assert [ids_of(told[f"{i}"]) for i in range(3)] == wanted
-    assert made.load().drafts > 5
+    # What is looked up is hardly ever right in random text, and soon not tried any more.
+    assert made.load().drafts > (5 if drafts == "mtp" else 0)
