@@ -460,7 +460,7 @@ def _bench(argv: list[str]) -> int:
     if argv[:1] in ([], ["--help"], ["-h"]):
         print("usage: qwen-jax bench WHAT [--help]\n")
         for name, told in BENCHES.items():
-            print(f"  {name:8} {told}")
+            print(f"  {name:9} {told}")
         return 0
     if argv[0] not in BENCHES:
         raise config.InputError(

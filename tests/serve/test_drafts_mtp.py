@@ -147,5 +147,5 @@ def test_on_a_mesh(drafts):
     told = made.run([Request(f"{i}", one, 16) for i, one in enumerate(some)])
     wanted = decode.generate(spec, weights("qwen3_5"), some, max_tokens=16, stop_ids=())
     assert [ids_of(told[f"{i}"]) for i in range(3)] == wanted
-    # What is looked up is hardly ever right in random text, and soon not tried any more.
+    # What is looked up is hardly ever right in random text, and soon no more tried.
     assert made.load().drafts > (5 if drafts == "mtp" else 0)
