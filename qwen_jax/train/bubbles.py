@@ -166,7 +166,7 @@ def simulate(
       RuntimeError: the devices wait for each other.
     """
     devices = len(ops)
-    stages, last = devices * parts, devices * parts - 1
+    stages = devices * parts
     ended: dict[tuple[str, int, int], float] = {}  # (kind, micro, stage)
     chunk = {(m.group, m.number): i for i, m in enumerate(micros)}
 
@@ -181,8 +181,8 @@ def simulate(
                 yield op.kind, other, stage
         if op.kind != FORWARD_PASS:
             yield FORWARD_PASS, op.micro, stage
-        if op.kind == BACKWARD_PASS and stage == last:
-            yield FORWARD_PASS, op.micro, last
+        if op.kind == BACKWARD_PASS and not here.stays:
+            yield AGAIN, op.micro, stage
 
     at, free, made = [0] * devices, [0.0] * devices, [[] for _ in ops]
     while any(i < len(one) for i, one in zip(at, ops, strict=True)):

@@ -31,6 +31,18 @@ def test_a_step_in_every_way(tmp_path, capsys):
     assert "x padded" in told and "16 x 1" in told
 
 
+def test_what_differs_is_not_timed():
+    def way(name, shift):
+        grads = {"w": np.ones(4, np.float32) + shift}
+        return chunkflow._Way(name, lambda: (np.float32(2), grads), 4, 4)
+
+    chunkflow._agree([way("a", 0), way("b", 1e-5)], "float32")
+    with pytest.raises(
+        RuntimeError, match="b: loss or gradients are 0.01 off those of a"
+    ):
+        chunkflow._agree([way("a", 0), way("b", 1e-2)], "float32")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -56,3 +68,5 @@ def test_lengths_are_those_of_the_source():
     assert short.max() == 512 and short.min() >= 2
     with pytest.raises(config.InputError, match="count=0"):
         lengths.draw(0, seed=0)
+    with pytest.raises(config.InputError, match="longest=-5"):
+        lengths.draw(5, seed=0, longest=-5)

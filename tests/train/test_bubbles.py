@@ -96,3 +96,5 @@ def test_orders_that_cannot_be_are_refused():
     ops = [[bubbles.Op("B", 0), bubbles.Op("F", 0)]]
     with pytest.raises(RuntimeError, match="wait for each other"):
         bubbles.simulate([bubbles.Micro(1)], ops)
+    with pytest.raises(RuntimeError, match="wait for each other"):  # it did not stay
+        bubbles.simulate([bubbles.Micro(1, stays=False)], [ops[0][::-1]])

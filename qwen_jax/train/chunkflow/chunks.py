@@ -30,7 +30,7 @@ from qwen_jax import config
 from qwen_jax.data import packing
 
 SEARCH_NODES = 20_000
-FILL_NODES = 500  # for one bin
+FILL_NODES = 100  # for one bin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +183,12 @@ def _search(lengths, capacity, most):
         left += lengths[item]
 
 
-def checked(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Documents as rows of int32."""
+def checked(documents: Sequence[np.ndarray], vocab_size: int) -> list[np.ndarray]:
+    """Documents as rows of int32.
+
+    Raises:
+      config.InputError: one is no row of integers, or has ids outside the vocabulary.
+    """
     made = []
     for i, document in enumerate(documents):
         ids = np.asarray(document)
@@ -193,8 +197,24 @@ def checked(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
                 f"documents[{i}] is {ids.dtype}{list(ids.shape)}: wanted one row of "
                 "integers"
             )
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise config.InputError(
+                f"documents[{i}] has ids {ids.min()} to {ids.max()}: wanted 0 to "
+                f"{vocab_size - 1}"
+            )
         made.append(ids.astype(np.int32))
     return made
+
+
+def rounded(count: int) -> int:
+    """Chunks that a program of `count` of them is compiled for: 2, 3, 4, 6, 8, 12, ...
+    a power of two or one and a half of it."""
+    size = 1
+    while size < count:
+        size = (
+            size * 3 // 2 if size > 1 and size & (size - 1) == 0 else -(-size * 4 // 3)
+        )
+    return size
 
 
 def empty(rows: int, chunk_tokens: int, *lead: int) -> packing.Rows:

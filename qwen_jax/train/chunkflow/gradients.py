@@ -4,15 +4,16 @@
     loss, grads = chunkflow.value_and_grad(spec, params, documents, chunk_tokens=4096,
                                            live_chunks=2)
 
-equals the plain step over the whole documents, each by itself: memory is set by the
-chunk (and the keys and values of the longest document), not by the longest sequence.
+is the loss of the whole documents, each by itself, and its gradient: memory is set by
+the chunk and by keys and values (and linear layers' states) of the longest document,
+not by activations of the longest sequence.
 
 Source: ChunkFlow, arXiv 2503.02356; deviations in `chunks.py` and `group.py`. The
 balance loss of routers, where it is asked for, is that of the whole step: a pass over
 all chunks counts choices first, since the loss of each chunk depends on all of them.
 
-Compiled shapes: one program for standalone chunks, and one for groups of each power of
-two of chunks; their numbers are data.
+Compiled shapes: one program for standalone chunks, and one for groups of each number of
+chunks of `chunks.rounded`; how many there are of a document is data.
 Units: loss in nats a target token, a target being every token of a document but its
 first. Raises: config.InputError for documents, sizes and models that cannot be.
 """
@@ -27,11 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax import config, mesh
-from qwen_jax.models import decoder, moe
+from qwen_jax.models import attention, decoder, moe
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.train import losses
 from qwen_jax.train.chunkflow import chunks as chunks_lib
 from qwen_jax.train.chunkflow import group, layers
+
+KV_GRAD_DTYPES = ("", "bfloat16", "float32", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Settings:
     for their backward pass with what it needs. z_coef: weight of lse^2 (z-loss).
     router_losses: whether the losses of routers are part of the gradient, as their
     weights in the spec say. remat: of standalone chunks, as `decoder.hidden`.
-    kv_grad_dtype: of cotangents of keys and values; "" for float32 or wider.
+    kv_grad_dtype: of cotangents of keys and values, "" for float32 or wider; "bfloat16"
+    halves them and rounds at each of as many additions as there are chunks behind.
     """
 
     chunk_tokens: int
@@ -57,6 +61,12 @@ class Settings:
             if (given := getattr(self, name)) < 1:
                 raise config.InputError(f"{name}={given}: wanted at least 1")
         decoder.saved_names(self.remat)
+        if self.kv_grad_dtype not in KV_GRAD_DTYPES:
+            hint = config.nearest(self.kv_grad_dtype, KV_GRAD_DTYPES)
+            raise config.InputError(
+                f"kv_grad_dtype={self.kv_grad_dtype!r}: wanted bfloat16, float32, "
+                f"float64, or nothing{hint}"
+            )
 
 
 def value_and_grad(
@@ -70,7 +80,7 @@ def value_and_grad(
     **more: Any,
 ) -> tuple[jax.Array, Any]:
     """The mean next-token cross-entropy over all targets of all documents, and its
-    gradient (of the losses of routers as well, where `router_losses` asks for them).
+    gradient (and of what `z_coef` and `router_losses` add, where they ask for it).
 
     Args:
       spec: the model.
@@ -93,13 +103,18 @@ def run(
     settings: Settings,
     rules: mesh.Rules | None = None,
 ) -> tuple[group.Sums, float]:
-    """(sums of the step, targets that gradients are divided by already)."""
+    """(sums of the step, targets that gradients are divided by already); arguments as
+    of `value_and_grad`.
+
+    Raises:
+      config.InputError: naming the document, the size or the part of the model.
+    """
     rules, t = rules or mesh.Rules(), settings.chunk_tokens
-    documents = chunks_lib.checked(documents)
+    documents = chunks_lib.checked(documents, spec.vocab_size)
+    attention.check_backend(spec, mesh.platform(), packed=True)
     plan = chunks_lib.build([len(one) for one in documents], t)
     longest = max((len(one) for one in documents), default=0)
     layers.check(spec, t, longest)
-    _check_ids(documents, spec.vocab_size)
     targets = sum(len(one) - 1 for one in documents)
     if not targets:
         raise config.InputError(
@@ -114,17 +129,17 @@ def run(
     if spec.moe is not None:
         tokens = sum(len(one) for one in documents)
         d_stats = _router_cotangents(params, packed, groups, settings, tokens, how)
-    sums = _no_sums(params)
+    sums = no_sums(params)
     whole = np.float32(targets)
     for part in packed:
-        sums = _packed(
+        sums = packed_gradients(
             *(params, sums, part, whole, d_stats),
             **how,
             z_coef=settings.z_coef,
             remat=settings.remat,
         )
     for part, count in groups:
-        sums = _group(
+        sums = group_gradients(
             *(params, sums, part, np.int32(count), whole, d_stats),
             **how,
             live=settings.live_chunks,
@@ -132,15 +147,6 @@ def run(
             kv_grad_dtype=settings.kv_grad_dtype or None,
         )
     return sums, targets
-
-
-def _check_ids(documents, vocab_size):
-    for i, ids in enumerate(documents):
-        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-            raise config.InputError(
-                f"documents[{i}] has ids {ids.min()} to {ids.max()}: wanted 0 to "
-                f"{vocab_size - 1}"
-            )
 
 
 def _laid(part, rules):
@@ -163,22 +169,20 @@ def _standalone(documents, plan, rows):
 
 
 def _groups(documents, plan, rows):
-    """(arrays [n, rows, C] of a few groups, their chunks), n a power of two. Groups of
-    about the same length go beside each other."""
+    """(arrays [n, rows, C] of a few groups, their chunks). Groups of about the same
+    length go beside each other."""
     for first in range(0, len(plan.groups), rows):
         some = plan.groups[first : first + rows]
         count = some[0].chunks
-        n = 1 << (count - 1).bit_length()
+        n = chunks_lib.rounded(count)
         ids = [documents[one.document] for one in some]
         yield chunks_lib.dependent(ids, plan.chunk_tokens, n, rows), count
 
 
-@jax.jit
-def _no_sums(params):
-    return group.no_sums(params)
+no_sums = jax.jit(group.no_sums)
 
 
-_group = jax.jit(
+group_gradients = jax.jit(
     group.gradients,
     static_argnames=("spec", "rules", "live", "z_coef", "kv_grad_dtype"),
     donate_argnames="acc",
@@ -191,8 +195,11 @@ _counted = jax.jit(group.counted, static_argnames=("spec", "rules"))
     static_argnames=("spec", "rules", "z_coef", "remat"),
     donate_argnames="acc",
 )
-def _packed(params, acc, part, targets, d_stats, *, spec, rules, z_coef, remat):
-    """`acc` with the gradients of standalone chunks."""
+def packed_gradients(
+    params, acc, part, targets, d_stats, *, spec, rules, z_coef, remat
+):
+    """`acc` (donated) with the gradients of standalone chunks [b, C]; arguments as of
+    `group.gradients`, remat as of `decoder.hidden`."""
 
     def loss(params):
         hidden_btd, stats = _hidden(params, part, spec, rules, remat)
@@ -207,7 +214,8 @@ def _packed(params, acc, part, targets, d_stats, *, spec, rules, z_coef, remat):
         total = total / targets.astype(total.dtype)
         for name, d in (d_stats or {}).items():
             total += jnp.sum(d * stats[name])
-        return total, sums
+        lost = 0.0 if stats is None else jnp.sum(stats["dropped"])
+        return total, sums | {"dropped": lost}
 
     (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return group.Sums(
@@ -215,6 +223,7 @@ def _packed(params, acc, part, targets, d_stats, *, spec, rules, z_coef, remat):
         acc.nll + sums["nll"],
         acc.z + sums["z"],
         acc.forwards + 1,
+        acc.dropped + sums["dropped"],
     )
 
 
@@ -233,19 +242,13 @@ def _hidden(params, part, spec, rules, remat):
 @functools.partial(jax.jit, static_argnames=("spec", "rules"))
 def _packed_counts(params, part, *, spec, rules):
     stats = _hidden(params, part, spec, rules, "none")[1]
-    return {k: stats[k] for k in ("counts_e", "probs_e", "z")}
+    return {k: stats[k] for k in group.no_cotangents(spec)}
 
 
 def _router_cotangents(params, packed, groups, settings, tokens, how):
     """Cotangents of what routers count, of the whole step's losses: those of `moe`."""
     spec = how["spec"]
-    counts = len(spec.layers_with("moe")), spec.moe.num_experts
-    wide = jnp.promote_types(spec.compute_dtype, jnp.float32)
-    zero = {
-        "counts_e": jnp.zeros(counts, jnp.float32),
-        "probs_e": jnp.zeros(counts, wide),
-        "z": jnp.zeros(counts[:1], wide),
-    }
+    zero = group.no_cotangents(spec)
     if not settings.router_losses:
         return zero
     sums = zero

@@ -7,14 +7,17 @@
                Keys and values of chunk i get cotangents from chunks i .. N-1, so theirs
                are whole when its turn comes
 
-so there are N + max(0, N - K) forward passes, and memory is keys and values of the
-whole documents, their cotangents, and K chunks.
+so there are N + max(0, N - K) forward passes through all layers, and memory is keys and
+values of the whole documents, their cotangents, and K chunks; of linear layers, the
+state before each chunk.
 
 Source: arXiv 2503.02356, section 4.2, with the backward pass in descending order (the
 circulating pseudocode, ascending, gives other gradients). Deviations: the last K are
-kept by a ring of K places that every forward pass writes to; N is data, so one program
-serves all documents up to its number of chunks; documents of several rows go beside
-each other, as many chunks as the longest has.
+kept by a ring of K places that every forward pass writes to; what is kept of a chunk
+are the inputs of its layers and what attention gives, so that each layer but its
+attention is computed once more in the backward pass, as with full recomputation; N is
+data, so one program serves all documents up to its number of chunks; documents of
+several rows go beside each other, as many chunks as the longest has.
 
 Shapes: arrays of a batch [n, b, C], see `chunks.dependent`. Gradients are those of
 sum(nll + z_coef lse^2) / targets plus what `weights` asks of routers, added to `acc`.
@@ -38,12 +41,14 @@ from qwen_jax.train.chunkflow import layers as layers_lib
 @struct.dataclass
 class Sums:
     """What a step adds up: gradients as the weights; float32 sums of the loss (nats and
-    lse^2 of targets); forward passes that were made."""
+    lse^2 of targets); forward passes that were made for them; choices of experts that
+    were dropped (those of a chunk computed again once)."""
 
     grads: Any
     nll: jax.Array
     z: jax.Array
     forwards: jax.Array
+    dropped: jax.Array
 
 
 def no_sums(params: Any) -> Sums:
@@ -54,18 +59,20 @@ def no_sums(params: Any) -> Sums:
 
     dtype = jax.tree.leaves(params)[0].dtype
     zero = jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
-    return Sums(jax.tree.map(zeros, params), zero, zero, jnp.zeros((), jnp.int32))
+    none = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+    return Sums(jax.tree.map(zeros, params), zero, zero, *none)
 
 
 @struct.dataclass
 class _Store:
     """What goes from chunk to chunk: the buffers; states and tail segments before each
-    chunk; the ring of what waits for its backward pass."""
+    chunk; the ring of what waits for its backward pass; forward passes so far."""
 
     held: layers_lib.Held
     states: Any
     tail_nbj: jax.Array
     ring: Any
+    forwards: jax.Array
 
 
 def gradients(
@@ -90,8 +97,8 @@ def gradients(
       batch: see the module docstring.
       count: chunks of the longest document, int32.
       targets: of the whole step, by which the loss is divided.
-      d_stats: cotangents of what routers count, a [sparse layers, ...] of each name; or
-        None.
+      d_stats: cotangents of what routers count, [sparse layers, ...] of each name: see
+        `no_cotangents`; None for models without routers.
       live: K.
       z_coef: weight of lse^2.
       kv_grad_dtype: of the cotangents of keys and values; None for float32.
@@ -100,16 +107,21 @@ def gradients(
     store, d_held = _fresh(spec, n, b, t, min(live, n), kv_grad_dtype, rules)
 
     def forward(i, store):
-        return _forward(spec, params, _chunk(batch, i), store, i, rules)[0]
+        return _forward(spec, params, _chunk(batch, i), store, i, rules)
 
-    store = jax.lax.fori_loop(0, count, forward, store)
+    def first(i, carry):
+        store, counts = forward(i, carry[0])
+        lost = 0.0 if counts is None else jnp.sum(counts["dropped"])
+        return store, carry[1] + lost
+
+    store, dropped = jax.lax.fori_loop(0, count, first, (store, acc.dropped))
 
     def backward(m, carry):
         acc, store, d_held, d_states = carry
         i = count - 1 - m
         # A loop of none or one turn: a branch would copy the buffers.
         again = jnp.where(i < count - live, 1, 0)
-        store = jax.lax.fori_loop(0, again, lambda _, s: forward(i, s), store)
+        store = jax.lax.fori_loop(0, again, lambda _, s: forward(i, s)[0], store)
         chunk, part = _chunk(batch, i), jax.tree.map(lambda x: x[i], batch)
         states, saved, x = _before(store, i)
         (nll, z), d_end, dx = _head(spec, params, x, part, targets, z_coef, rules)
@@ -120,17 +132,40 @@ def gradients(
         )
         d_embed = _embed_back(spec, params, chunk, dx, rules)
         grads = _added(acc.grads, d_end, {"layers": d_layers}, d_embed)
-        forwards = acc.forwards + 1 + again
-        acc = Sums(grads, acc.nll + nll, acc.z + z, forwards)
+        acc = acc.replace(grads=grads, nll=acc.nll + nll, z=acc.z + z)
         return acc, store, d_held, d_states
 
     d_states = jax.tree.map(lambda x: jnp.zeros_like(x[0]), store.states)
     carry = acc, store, d_held, d_states
-    return jax.lax.fori_loop(0, count, backward, carry)[0]
+    acc, store, *_ = jax.lax.fori_loop(0, count, backward, carry)
+    return acc.replace(forwards=acc.forwards + store.forwards, dropped=dropped)
 
 
-def counted(params, batch, count, *, spec, rules) -> Any:
-    """What routers count in all tokens of a batch: forward passes alone."""
+def no_cotangents(spec: spec_lib.Spec) -> dict[str, jax.Array] | None:
+    """Of what routers count, where no loss asks: zeros, [sparse layers, ...]; None for
+    models without routers."""
+    if spec.moe is None:
+        return None
+    each = len(spec.layers_with("moe")), spec.moe.num_experts
+    wide = jnp.promote_types(spec.compute_dtype, jnp.float32)
+    return {
+        "counts_e": jnp.zeros(each, jnp.float32),
+        "probs_e": jnp.zeros(each, wide),
+        "z": jnp.zeros(each[:1], wide),
+        "dropped": jnp.zeros(each[:1], jnp.float32),
+    }
+
+
+def counted(
+    params: Any,
+    batch: dict[str, jax.Array],
+    count: jax.Array,
+    *,
+    spec: spec_lib.Spec,
+    rules: mesh.Rules,
+) -> dict[str, jax.Array]:
+    """What routers count in all tokens of `count` chunks of a batch [n, b, C], by
+    forward passes alone: as `no_cotangents`."""
     n, b, t = batch["tokens_bt"].shape
     store, _ = _fresh(spec, n, b, t, 1, None, rules)
     shape = jax.eval_shape(
@@ -187,7 +222,7 @@ def _fresh(spec, n, b, t, live, kv_grad_dtype, rules):
         ring["out_lbtnk"] = zeros(out, (*lead, None, "heads", None))
         lse_dims = (*lead, "kv_heads", None, None)
         ring["lse_lbhgt"] = zeros(lse, lse_dims, jnp.promote_types(dtype, jnp.float32))
-    store = _Store(held, states, tail_nbj, ring)
+    store = _Store(held, states, tail_nbj, ring, jnp.zeros((), jnp.int32))
     return store, layers_lib.held(spec, b, n * t, wide, rules)
 
 
@@ -211,7 +246,7 @@ def _forward(spec, params, chunk, store: _Store, i, rules):
     tail = mesh.local(delta_lib.tail_segments, inputs=(rows, rows), out=rows)
     tail_nbj = put(store.tail_nbj, tail(tail_bj, chunk.segments_bt), i + 1)
     every = jax.tree.map(lambda x, one: put(x, one, i + 1), store.states, states)
-    return _Store(held, every, tail_nbj, ring), counts
+    return _Store(held, every, tail_nbj, ring, store.forwards + 1), counts
 
 
 def _before(store: _Store, i):

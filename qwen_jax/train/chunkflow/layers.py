@@ -296,10 +296,9 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def _counts(stats):
-    """Of what a router counted, what a loss is made of: float, so it has cotangents."""
-    return (
-        None if stats is None else {k: stats[k] for k in ("counts_e", "probs_e", "z")}
-    )
+    """Of what a router counted, what a loss is made of, and what was dropped."""
+    names = ("counts_e", "probs_e", "z", "dropped")
+    return None if stats is None else {k: stats[k] for k in names}
 
 
 def _before(p, x, *, angles, spec, rules):

@@ -23,15 +23,15 @@ CLASSES = (
 
 
 def draw(count: int, seed: int, scale: int = 1, longest: int = 0) -> np.ndarray:
-    """Lengths of `count` documents, all divided by `scale`, none above `longest` (0 for
-    no limit): int64, in the order they come.
-
-    Whatever is drawn, one document has the longest length: a step's memory is set by
-    what may come, and a step without it would flatter all that plan for it.
+    """Lengths of `count` documents, all divided by `scale`, in the order they come:
+    int64; with `longest` none above it, and one of them just that: a step's memory is
+    set by what may come, and a step without it would flatter all that plan for it.
     """
     for name, given in (("count", count), ("scale", scale)):
         if given < 1:
             raise config.InputError(f"{name}={given}: wanted at least 1")
+    if longest and longest < 2:
+        raise config.InputError(f"longest={longest}: wanted at least 2, or 0 for any")
     rng = np.random.default_rng(seed)
     shares = np.array([share for share, _, _ in CLASSES])
     which = rng.choice(len(CLASSES), count, p=shares / shares.sum())

@@ -99,6 +99,12 @@ def test_tokens_are_there_once_and_in_order():
         assert told[i] == ids.tolist() and targets[i] == ids[1:].tolist()
 
 
+def test_programs_are_for_two_numbers_of_chunks_in_each_doubling():
+    sizes = sorted({chunks.rounded(n) for n in range(1, 100)})
+    assert sizes == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+    assert all(n <= chunks.rounded(n) < 1.5 * n + 1 for n in range(1, 5000))
+
+
 def test_bad_lengths_and_sizes_are_refused():
     with pytest.raises(config.InputError, match="chunk_tokens=0: wanted at least 1"):
         chunks.build([3], 0)

@@ -87,7 +87,7 @@ def assert_same(got, want, tolerance):
         assert off <= tolerance * scale, (jax.tree_util.keystr(path), off, scale)
 
 
-@pytest.mark.parametrize("name", list(SPECS))
+@pytest.mark.parametrize("name", ["bias", "gate", "window", "hybrid"])
 def test_a_long_document_in_chunks(name):
     with jax.enable_x64(True):
         spec = wide(SPECS[name])
@@ -114,18 +114,23 @@ FEW = [(4, 1), (6, 2), (8, 3), (12, 6)]
 EVERY = [(c, k) for c in (4, 6, 8, 12) for k in (1, 2, 3, 6)]
 
 
-@pytest.mark.parametrize("name", ["dense", "moe", "hybrid"])
+MODELS = ("dense", "moe", "hybrid")
+
+
 @pytest.mark.parametrize(
-    ("dtype", "sizes"),
+    ("name", "dtype", "sizes"),
     [
-        ("float64", FEW),
-        pytest.param("float64", EVERY, marks=pytest.mark.slow),
-        pytest.param("float32", EVERY, marks=pytest.mark.slow),
+        *[(name, "float64", FEW) for name in MODELS[:2]],
+        *[
+            pytest.param(name, dtype, EVERY, marks=pytest.mark.slow)
+            for name in MODELS
+            for dtype in ("float64", "float32")
+        ],
     ],
 )
 def test_sizes_of_chunks_and_numbers_that_wait(name, dtype, sizes):
-    """25 tokens leave a rest. Every pass over a chunk is counted where it is made. What
-    is float32 is compared with float64, too: whole rows in float32 are further off."""
+    """25 tokens leave a rest. Forward passes are counted by the loops that make them.
+    What is float32 is compared with float64, too: whole rows in it are further off."""
     with jax.enable_x64(True):
         params, documents = models.init(wide(SPECS[name]), 1), draw([25])
         want = reference(wide(SPECS[name]), params, documents)
@@ -177,11 +182,9 @@ def test_losses_of_routers_are_those_of_the_whole_step():
             balance_coef=0.1,
             z_coef=0.01,
         )
-        spec = wide(
-            dataclasses.replace(DENSE, num_layers=3, moe=moe, dense_layers=(1,))
-        )
-        params, documents = models.init(spec, 2), draw([3, 41, 8, 1, 17])
-        rows = chunks.dependent(documents, 41, 1, 5)
+        spec = wide(dataclasses.replace(DENSE, moe=moe, dense_layers=(0,)))
+        params, documents = models.init(spec, 2), draw([3, 20, 8, 1])
+        rows = chunks.dependent(documents, 20, 1, 4)
         how = {"spec": spec, "rules": mesh.Rules()}
         how["config"] = step.StepConfig(z_loss=0.03)
         grads, parts = jax.jit(functools.partial(step.gradients, **how))(params, rows)
@@ -198,6 +201,18 @@ def test_losses_of_routers_are_those_of_the_whole_step():
         plain = chunkflow.value_and_grad(spec, params, documents, chunk_tokens=8)[1]
         routers = [x["layers"]["moe"]["router_lde"] for x in (plain, grads)]
         assert float(jnp.max(jnp.abs(routers[0] - routers[1]))) > 1e-4
+
+
+def test_choices_that_are_dropped_are_counted():
+    moe = dataclasses.replace(SPECS["moe"].moe, impl="capacity", capacity_factor=0.25)
+    spec = dataclasses.replace(DENSE, num_layers=1, moe=moe)
+    params, settings = models.init(spec, 1), chunkflow.Settings(8, 2)
+    packed, _ = chunkflow.run(spec, params, draw([8, 8]), settings)
+    both, _ = chunkflow.run(spec, params, draw([8, 8, 24]), settings)
+    # Of 16 choices of a chunk there is room for a quarter of 4 for each of 4 experts.
+    assert int(packed.dropped) >= 2 * 12 and int(both.dropped) >= 5 * 12
+    fits = dataclasses.replace(spec, moe=SPECS["moe"].moe)
+    assert int(chunkflow.run(fits, params, draw([8, 8]), settings)[0].dropped) == 0
 
 
 def test_bfloat16_is_as_near_as_without_chunks():
@@ -237,19 +252,23 @@ def test_on_a_mesh(name):
 
 
 def test_programs_are_few():
-    """Steps of other documents run what is compiled for powers of two of chunks."""
+    """Steps of other documents run what is compiled for a few numbers of chunks."""
     spec = DENSE
     params = models.init(spec, 1)
+
+    def sizes():
+        group, packed = gradients.group_gradients, gradients.packed_gradients
+        return group._cache_size(), packed._cache_size()
 
     def step_of(*lengths):
         chunkflow.value_and_grad(spec, params, draw(lengths), chunk_tokens=10)
 
     step_of(3, 35, 15)  # 4 and 2 chunks
-    before = gradients._group._cache_size(), gradients._packed._cache_size()
+    before = sizes()
     step_of(9, 2, 40, 11, 31, 20, 9, 9)
-    assert before == (gradients._group._cache_size(), gradients._packed._cache_size())
+    assert before == (sizes())
     step_of(41)
-    assert gradients._group._cache_size() == before[0] + 1
+    assert sizes() == (before[0] + 1, before[1])
 
 
 def test_bad_input_is_refused_before_anything_runs():
@@ -266,6 +285,8 @@ def test_bad_input_is_refused_before_anything_runs():
     refused(r"documents\[0\] is float64\[2\]", [[0.5, 2]])
     refused(r"documents\[0\] is int64\[1, 2\]", [[[1, 2]]])
     refused(r"documents\[1\] has ids 3 to 50: wanted 0 to 49", [[1, 2], [3, 50]])
+    refused(r"documents\[0\] has ids 1 to 4294967299", [[1, 2**32 + 3]])
+    refused("kv_grad_dtype='int32': wanted bfloat16", [[1, 2]], kv_grad_dtype="int32")
     refused("2 documents have no target", [[1], [2]])
     refused("0 documents have no target", [])
     refused(
