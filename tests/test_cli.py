@@ -54,7 +54,7 @@ def refused(call, *words):
         (["report"], "--out"),
         (["convert"], "RUN_OR_MODEL"),
         (["doctor"], "--json"),
-        (["bench"], "train    a training step"),
+        (["bench"], "train     a training step"),
         (["bench", "train"], "--peers"),
     ],
 )
