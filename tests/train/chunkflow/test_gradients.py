@@ -130,12 +130,18 @@ MODELS = ("dense", "moe", "hybrid")
 )
 def test_sizes_of_chunks_and_numbers_that_wait(name, dtype, sizes):
     """25 tokens leave a rest. Forward passes are counted by the loops that make them.
-    What is float32 is compared with float64, too: whole rows in it are further off."""
+
+    What is float32 is compared with float64, with weights as training begins with: at
+    0.3 linear layers magnify rounding, and whole rows are off by 2.4e-5 themselves.
+    """
+    spec = SPECS[name]
+    if dtype == "float32":
+        spec = dataclasses.replace(spec, init_std=0.02)
     with jax.enable_x64(True):
-        params, documents = models.init(wide(SPECS[name]), 1), draw([25])
-        want = reference(wide(SPECS[name]), params, documents)
+        params, documents = models.init(wide(spec), 1), draw([25])
+        want = reference(wide(spec), params, documents)
     with jax.enable_x64(dtype == "float64"):
-        spec = wide(SPECS[name]) if dtype == "float64" else SPECS[name]
+        spec = wide(spec) if dtype == "float64" else spec
         params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), params)
         for c, k in sizes:
             settings = chunkflow.Settings(c, k)
