@@ -193,7 +193,9 @@ def _rows_way(name, spec, params, documents, longest) -> _Way:
         bins = [[i] for i in range(len(documents))]
     parts = []
     for items in bins:
-        size = longest if name != "single" else _rounded(lengths[items[0]], longest)
+        size = longest
+        if name == "single":
+            size = min(chunks.rounded(max(lengths[items[0]], SHORTEST_ROW)), longest)
         parts.append(chunks.standalone(documents, [items], size))
     targets = np.float32(sum(lengths) - len(lengths))
     how = {"spec": spec, "rules": mesh.Rules(), "z_coef": 0.0, "remat": "full"}
@@ -210,13 +212,6 @@ def _rows_way(name, spec, params, documents, longest) -> _Way:
     operands = params, gradients.no_sums(params), largest, targets, unasked
     used = _bytes(gradients.packed_gradients.lower(*operands, **how))
     return _Way(name, step, sum(part["tokens_bt"].size for part in parts), used)
-
-
-def _rounded(n: int, longest: int) -> int:
-    size = SHORTEST_ROW
-    while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return min(size, longest)
 
 
 def _chunk_way(spec, params, documents, c, k, kv_grad_dtype) -> _Way:

@@ -207,8 +207,8 @@ def checked(documents: Sequence[np.ndarray], vocab_size: int) -> list[np.ndarray
 
 
 def rounded(count: int) -> int:
-    """Chunks that a program of `count` of them is compiled for: 2, 3, 4, 6, 8, 12, ...
-    a power of two or one and a half of it."""
+    """The number that a program is compiled for which takes up to `count` of something:
+    1, 2, 3, 4, 6, 8, 12, ..., a power of two or one and a half of it."""
     size = 1
     while size < count:
         size = (
