@@ -133,7 +133,7 @@ def test_a_body_without_end(server):
             while sent < 2**30:
                 one.sendall(chunk)
                 sent += len(chunk)
-        except OSError:
+        except OSError:  # hung up on: what is wanted
             pass
         else:
             raise AssertionError("a gigabyte was taken")
@@ -303,7 +303,7 @@ def test_slow_clients():
                 for i in range(len(data)):
                     slow.sendall(data[i : i + 1])  # a byte at a time keeps nothing open
                     time.sleep(0.02)
-            except OSError:
+            except OSError:  # hung up on: what was said before counts
                 pass
             answer = servers.answer_of(slow)
             assert answer == b"" or servers.error_of(answer)[0] == 408
@@ -521,7 +521,7 @@ def test_many_at_once(server):
                 one.settimeout(2)
                 try:
                     one.recv(65536)
-                except OSError:
+                except OSError:  # late or hung up on
                     pass
 
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
