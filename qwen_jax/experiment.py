@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "train.remat",
     "train.loop",
     "train.micro_rows",
+    "train.chunk_tokens",
+    "train.live_chunks",
     "train.max_skipped",
     "optim.decay_steps",
     "model.attention",
@@ -74,6 +76,10 @@ class TrainConfig:
     remat: str = "dots"
     loop: str = "scan"
     max_skipped: int = 20
+    # Chunks that rows are cut in (see train.chunkflow), and how many of a row wait for
+    # their backward pass; 0 = whole rows.
+    chunk_tokens: int = 0
+    live_chunks: int = 1
     # A model folder to start from, its tokenizer with it; "" = random weights.
     init_from: str = ""
 
@@ -81,7 +87,14 @@ class TrainConfig:
         if self.loop not in ("scan", "unroll"):
             raise ValueError(f"loop={self.loop!r}: wanted scan or unroll")
         _not_negative(self, "num_steps", "tokens", "batch_tokens", "micro_rows")
-        _not_negative(self, "mtp_coef")
+        _not_negative(self, "mtp_coef", "chunk_tokens")
+        if self.live_chunks < 1:
+            raise ValueError(f"live_chunks={self.live_chunks} must be at least 1")
+        if self.chunk_tokens and self.micro_rows:
+            raise ValueError(
+                f"micro_rows={self.micro_rows} is of whole rows and chunk_tokens="
+                f"{self.chunk_tokens} cuts them: set one of them"
+            )
         if self.num_steps and self.tokens:
             raise ValueError(
                 f"num_steps={self.num_steps} and tokens={self.tokens}: set one of them"

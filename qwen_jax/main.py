@@ -225,9 +225,7 @@ def _train(
     if meta is None:
         checks.other_tokenizer(exp, vocabulary, say)
     checks.samples(exp, vocabulary)
-    place = prepare.placer(
-        setup.device_mesh, exp.rules, setup.batch.rows, setup.batch.micro_steps
-    )
+    place = prepare.placer_of(setup, vocabulary.token_bytes)
     batches = loader.Loader(
         exp.data,
         vocabulary,

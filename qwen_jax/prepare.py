@@ -11,6 +11,7 @@ Raises: config.InputError naming the value, what was wanted and the fix.
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -19,10 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax import config, experiment, mesh, params
+from qwen_jax.checkpoint import agree
+from qwen_jax.data import packing
 from qwen_jax.models import attention, decoder, flops, hf_config
 from qwen_jax.optim import build, derive
 from qwen_jax.plan import chips, memory, micro
-from qwen_jax.train import state, step
+from qwen_jax.train import chunkflow, state, step
+from qwen_jax.train.chunkflow import layers
+from qwen_jax.train.chunkflow import step as chunk_step
+
+GATHER_S = 3600.0  # that processes wait for each other's lengths, as reading may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +45,20 @@ class Setup:
     @property
     def tx(self) -> Any:
         return build.build(self.exp.optim, self.derivation.num_steps)
+
+    @property
+    def chunks(self) -> chunkflow.Settings | None:
+        """How a step goes through its chunks; None for whole rows."""
+        train, routers = self.exp.train, self.exp.model.moe
+        if not train.chunk_tokens:
+            return None
+        return chunkflow.Settings(
+            train.chunk_tokens,
+            train.live_chunks,
+            z_coef=train.z_loss,
+            router_losses=bool(routers and (routers.balance_coef or routers.z_coef)),
+            remat=train.remat,
+        )
 
     @property
     def step_config(self) -> step.StepConfig:
@@ -77,6 +98,8 @@ def set_up(
             f"among those of rules.batch, {', '.join(sorted(off))} is not: set "
             "--config.rules.* or --config.model.reduce_dtype=compute"
         )
+    if exp.train.chunk_tokens:
+        _check_chunks(exp)
     if exp.export:
         hf_config.check_spec(spec)
     tree = decoder.decoder_params(spec)
@@ -91,26 +114,7 @@ def set_up(
     )
     train = dataclasses.replace(exp.train, batch_tokens=derivation.batch_tokens)
     exp = dataclasses.replace(exp, optim=derivation.optim, train=train)
-    held = functools.partial(
-        memory.estimate,
-        spec,
-        exp.rules,
-        dict(device_mesh.shape),
-        optimizer=exp.optim.name,
-        remat=exp.train.remat,
-    )
-    one, several = held(tokens=1, micro_steps=1), held(tokens=1, micro_steps=2)
-    batch = micro.derive(
-        batch_tokens=derivation.batch_tokens,
-        seq_tokens=exp.data.seq_tokens,
-        batch_ways=ways,
-        fixed_bytes=one.fixed,
-        sum_bytes=several.fixed - one.fixed,
-        activation_bytes_per_token=one.total - one.fixed,
-        memory_bytes=chips.memory_bytes(first),
-        platform=first.platform,
-        micro_rows=exp.train.micro_rows,
-    )
+    batch = _batch(exp, device_mesh, ways, derivation.batch_tokens)
     shape = ", ".join(f"{k} {v}" for k, v in device_mesh.shape.items())
     outside = flops.num_non_embedding(spec)
     lines = (
@@ -120,6 +124,60 @@ def set_up(
         batch.line,
     )
     return exp, Setup(exp, device_mesh, derivation, batch, lines)
+
+
+def _batch(exp: experiment.Experiment, device_mesh: Any, ways: int, tokens: int):
+    """The micro-batch of whole rows; of chunks, a row of each device at a time."""
+    first, train = device_mesh.devices.flat[0], exp.train
+    held = functools.partial(
+        memory.estimate,
+        exp.model,
+        exp.rules,
+        dict(device_mesh.shape),
+        optimizer=exp.optim.name,
+        remat=train.remat,
+    )
+    one, several = held(tokens=1, micro_steps=1), held(tokens=1, micro_steps=2)
+    batch = micro.derive(
+        batch_tokens=tokens,
+        seq_tokens=exp.data.seq_tokens,
+        batch_ways=ways,
+        fixed_bytes=one.fixed,
+        sum_bytes=several.fixed - one.fixed,
+        activation_bytes_per_token=one.total - one.fixed,
+        memory_bytes=chips.memory_bytes(first),
+        platform=first.platform,
+        micro_rows=ways if train.chunk_tokens else train.micro_rows,
+    )
+    if not train.chunk_tokens:
+        return batch
+    line = (
+        f"chunks = {train.chunk_tokens} tokens, of which {train.live_chunks} of a row "
+        f"wait; rows of up to {-(-exp.data.seq_tokens // train.chunk_tokens)} chunks"
+    )
+    return dataclasses.replace(batch, line=line)
+
+
+def _check_chunks(exp: experiment.Experiment) -> None:
+    """Refuse what is trained in whole rows only."""
+    train, spec = exp.train, exp.model
+    layers.check(spec, train.chunk_tokens, exp.data.seq_tokens)
+    if train.chunk_tokens > exp.data.seq_tokens:
+        raise config.InputError(
+            f"train.chunk_tokens={train.chunk_tokens} passes data.seq_tokens="
+            f"{exp.data.seq_tokens}, the longest row: set one of them"
+        )
+    if not train.document_mask:
+        raise config.InputError(
+            "train.chunk_tokens is set and train.document_mask=False: chunks hold "
+            "documents that do not see each other; set one of them"
+        )
+    if spec.mtp_layers and train.mtp_coef:
+        raise config.InputError(
+            f"train.chunk_tokens is set and the model has {spec.mtp_layers} layers for "
+            "further tokens, which are trained in whole rows only; set "
+            "--config.train.mtp_coef=0 to leave them untrained"
+        )
 
 
 def abstract_inputs(setup: Setup) -> tuple[Any, dict[str, Any], Any]:
@@ -143,9 +201,37 @@ def abstract_inputs(setup: Setup) -> tuple[Any, dict[str, Any], Any]:
 def compile_step(setup: Setup) -> Any:
     """The training step compiled for exactly this run (seconds to minutes)."""
     exp = setup.exp
+    if setup.chunks is not None:
+        return _compile_chunks(setup)
     fn = step.compile_step(exp.model, setup.tx, exp.rules, setup.step_config)
     with jax.set_mesh(setup.device_mesh):
         return fn.lower(*abstract_inputs(setup)).compile()
+
+
+def _compile_chunks(setup: Setup) -> chunk_step.Compiled:
+    exp, device_mesh = setup.exp, setup.device_mesh
+    now = state.abstract(exp.model, setup.tx, device_mesh, exp.rules)
+
+    def chunk(*lead):
+        lies = _chunks_lie(device_mesh, exp.rules, len(lead))
+        shape = (*lead, setup.batch.micro_rows, exp.train.chunk_tokens)
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=lies)
+            for name, dtype in packing.DTYPES.items()
+        }
+
+    with jax.set_mesh(device_mesh):
+        return chunk_step.compiled(
+            *(exp.model, setup.tx, exp.rules, setup.step_config, setup.chunks),
+            state=now,
+            chunk=chunk,
+            longest=exp.data.seq_tokens,
+        )
+
+
+def _chunks_lie(device_mesh, rules, lead: int):
+    spec = rules.pspec(*[None] * lead, "batch", None)
+    return jax.sharding.NamedSharding(device_mesh, spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +253,56 @@ class Placer:
             return jax.make_array_from_process_local_data(self.sharding, local, whole)
 
         return {key: one(x) for key, x in rows.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkPlacer:
+    """As `Placer`, for rows that go over the mesh in chunks."""
+
+    setup: Setup
+    bytes_v: np.ndarray
+    index: int
+    count: int
+    calls: Any = dataclasses.field(default_factory=itertools.count)
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> chunk_step.Work:
+        """This process's rows [r, t] -> the chunks of the batch."""
+        exp, every = self.setup.exp, self.setup.batch.micro_rows
+
+        def place(x):
+            lies = _chunks_lie(self.setup.device_mesh, exp.rules, x.ndim - 2)
+            whole = (*x.shape[:-2], every, x.shape[-1])
+            return jax.make_array_from_process_local_data(lies, x, whole)
+
+        return chunk_step.lay_out(
+            rows,
+            settings=self.setup.chunks,
+            local_rows=every // self.count,
+            place=place,
+            bytes_v=self.bytes_v,
+            gather=self._gather,
+        )
+
+    def _gather(self, mine: Any) -> list[Any]:
+        """What processes with different rows say; all of them have read the last
+        exchange when they speak in the next."""
+        number = next(self.calls)
+        tag = "qwen_jax/chunks/{}".format
+        said = agree.gather(tag(number), [self.index, mine], GATHER_S)
+        agree.forget(tag(number - 1))
+        return list(dict(said).values())
+
+
+def placer_of(setup: Setup, token_bytes: np.ndarray) -> Placer | ChunkPlacer:
+    """What lays the batches of a run on its mesh."""
+    exp, batch = setup.exp, setup.batch
+    rows = setup.device_mesh, exp.rules
+    if setup.chunks is None:
+        return placer(*rows, batch.rows, batch.micro_steps)
+    one = placer(*rows, batch.micro_rows, 1)
+    bytes_v = np.zeros(exp.model.vocab_size, np.float32)
+    bytes_v[: len(token_bytes)] = token_bytes
+    return ChunkPlacer(setup, bytes_v, one.index, one.count)
 
 
 def placer(device_mesh: Any, rules: mesh.Rules, rows: int, micro_steps: int) -> Placer:

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import math
 import os
@@ -114,7 +115,7 @@ class Session:
     def train(
         self,
         now: state.State,
-        place: prepare.Placer,
+        place: prepare.Placer | prepare.ChunkPlacer,
         step_fn: Callable[..., Any],
         meta: dict[str, Any] | None,
     ) -> int:
@@ -142,7 +143,9 @@ class Session:
             stop=self.stopper.should_stop,
             profile=self.profile,
         )
-        stream = loop.prefetch(self.batches, place, self.batches.state)
+        # No batch is laid out that is not used: processes may do that together.
+        left = itertools.islice(self.batches, max(num_steps - self.made, 0))
+        stream = loop.prefetch(left, place, self.batches.state)
         failed = True
         try:
             self._make_up(hooks, now.params)
@@ -217,7 +220,7 @@ class Session:
 
     def log(self, number: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and of the terminal."""
-        exp, batch = self.exp, self.setup.batch
+        exp = self.exp
         self.checkpoints.check()
         if (
             self.checkpoints.last_save
@@ -231,8 +234,10 @@ class Session:
         self.skipped += values["skipped"]
         if self.writer is None:
             return
-        slots = batch.rows * exp.data.seq_tokens
-        work = flops.train_per_token(exp.model, exp.data.seq_tokens) * slots
+        counted, length = values["places"], exp.data.seq_tokens
+        if exp.train.chunk_tokens:  # whose padding and other documents are no work
+            counted, length = counted - values["padding"], values["length"]
+        work = flops.train_per_token(exp.model, length) * counted
         row = {
             "loss": values["loss"],
             "bits_per_byte": values["bits"] / max(values["bytes"], 1.0),
@@ -244,7 +249,7 @@ class Session:
             "step_s": values["step_s"],
             "data_s": values["data_s"],
             "skipped_steps": self.skipped,
-            "padding_share": values["padding"] / slots,
+            "padding_share": values["padding"] / values["places"],
             "epoch": self.batches.epoch,
         }
         if exp.train.z_loss:

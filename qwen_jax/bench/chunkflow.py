@@ -184,9 +184,10 @@ def _rows_way(name, spec, params, documents, longest) -> _Way:
 
     from qwen_jax import mesh
     from qwen_jax.data import packing
-    from qwen_jax.train.chunkflow import chunks, gradients, group
+    from qwen_jax.train.chunkflow import chunks, gradients
 
     lengths = [len(one) for one in documents]
+    pieces = [chunks.whole(one) for one in documents]
     if name == "packed":
         bins = packing.best_fit(lengths, longest)
     else:
@@ -196,20 +197,19 @@ def _rows_way(name, spec, params, documents, longest) -> _Way:
         size = longest
         if name == "single":
             size = min(chunks.rounded(max(lengths[items[0]], SHORTEST_ROW)), longest)
-        parts.append(chunks.standalone(documents, [items], size))
+        parts.append(chunks.standalone(pieces, [items], size))
     targets = np.float32(sum(lengths) - len(lengths))
     how = {"spec": spec, "rules": mesh.Rules(), "z_coef": 0.0, "remat": "full"}
-    unasked = group.no_cotangents(spec)
 
     def step():
-        sums = gradients.no_sums(params)
+        sums = gradients.no_sums(spec, params)
         for part in parts:
-            operands = params, sums, part, targets, unasked
+            operands = params, sums, part, targets, None
             sums = gradients.packed_gradients(*operands, **how)
         return sums.nll / targets, sums.grads
 
     largest = max(parts, key=lambda part: part["tokens_bt"].size)
-    operands = params, gradients.no_sums(params), largest, targets, unasked
+    operands = params, gradients.no_sums(spec, params), largest, targets, None
     used = _bytes(gradients.packed_gradients.lower(*operands, **how))
     return _Way(name, step, sum(part["tokens_bt"].size for part in parts), used)
 
@@ -218,28 +218,29 @@ def _chunk_way(spec, params, documents, c, k, kv_grad_dtype) -> _Way:
     import numpy as np
 
     from qwen_jax import mesh
-    from qwen_jax.train.chunkflow import chunks, gradients, group
+    from qwen_jax.train.chunkflow import chunks, gradients
 
     settings = gradients.Settings(c, k, kv_grad_dtype=kv_grad_dtype)
-    plan = chunks.build([len(one) for one in documents], c)
+    pieces = [chunks.whole(one) for one in documents]
+    plan = chunks.build([len(one) for one in pieces], c)
 
     def step():
         sums, targets = gradients.run(spec, params, documents, settings)
         return sums.nll / targets, sums.grads
 
     how = {"spec": spec, "rules": mesh.Rules(), "z_coef": 0.0}
-    whole, unasked, used = np.float32(1), group.no_cotangents(spec), []
-    sums = gradients.no_sums(params)
+    whole, used = np.float32(1), []
+    sums = gradients.no_sums(spec, params)
     if plan.bins:
-        part = chunks.standalone(documents, plan.bins[:1], c)
-        operands = params, sums, part, whole, unasked
+        part = chunks.standalone(pieces, plan.bins[:1], c)
+        operands = params, sums, part, whole, None
         used.append(
             _bytes(gradients.packed_gradients.lower(*operands, **how, remat="none"))
         )
     if plan.groups:
         n = chunks.rounded(plan.groups[0].chunks)
         part = chunks.empty(1, c, n)
-        operands = params, sums, part, np.int32(n), whole, unasked
+        operands = params, sums, part, np.int32(n), whole, None
         how |= {"live": k, "kv_grad_dtype": kv_grad_dtype or None}
         used.append(_bytes(gradients.group_gradients.lower(*operands, **how)))
     return _Way(f"{c} x {k}", step, plan.chunks * c, max(used))

@@ -10,7 +10,8 @@ count of targets, so the result equals that of one large batch. Between devices 
 parts of a layer's gradient are summed in the compute dtype, before they are widened,
 or in float32 with model.reduce_dtype (see mesh.gather).
 Metrics (float32 scalars): loss (nats a token), bits (sum of nll in bits), bytes,
-targets, z_loss, grad_norm, lr is the caller's, skipped (0 or 1), and tokens of padding;
+targets, z_loss, grad_norm, lr is the caller's, skipped (0 or 1), places for tokens and
+those of padding;
 with experts those of `router_metrics`; mtp_loss (nats a token, mean over the layers of
 the MTP head) where that is trained.
 """
@@ -225,6 +226,25 @@ def train_step(
 ) -> tuple[state_lib.State, dict[str, jax.Array]]:
     """One update: whatever changes comes in and goes out."""
     grads, parts = gradients(state.params, batch, spec=spec, rules=rules, config=config)
+    state, metrics = updated(state, grads, parts, spec=spec, tx=tx, config=config)
+    metrics["padding"] = jnp.sum(batch["segments_bt"] == 0)
+    metrics["places"] = batch["segments_bt"].size
+    if bytes_v is not None:
+        metrics["bytes"] = count_bytes(batch, bytes_v)
+    return state, metrics
+
+
+def updated(
+    state: state_lib.State,
+    grads: Any,
+    parts: dict[str, jax.Array],
+    *,
+    spec: spec_lib.Spec,
+    tx: optax.GradientTransformation,
+    config: StepConfig,
+) -> tuple[state_lib.State, dict[str, jax.Array]]:
+    """The state with one update in, and metrics of it; arguments as `gradients` gives
+    them."""
     grad_norm = optax.tree.norm(grads)
     loss = parts["nll"] / parts["targets"]
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -245,17 +265,15 @@ def train_step(
         "grad_norm": grad_norm,
         "targets": parts["targets"],
         "bits": parts["nll"] / math.log(2),
-        "padding": jnp.sum(batch["segments_bt"] == 0),
         "skipped": skipped,
     }
-    if config.depths(spec):
+    if "mtp" in parts:
         metrics["mtp_loss"] = parts["mtp"]
     if spec.moe is not None:
         metrics |= router_metrics(spec, parts)
-    if bytes_v is not None:
-        metrics["bytes"] = count_bytes(batch, bytes_v)
-    state = state_lib.State(state.step + 1, params, opt, state.skipped + skipped)
-    return state, metrics
+    return state_lib.State(
+        state.step + 1, params, opt, state.skipped + skipped
+    ), metrics
 
 
 def count_bytes(batch: dict[str, jax.Array], bytes_v: jax.Array) -> jax.Array:

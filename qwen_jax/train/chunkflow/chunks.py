@@ -22,7 +22,9 @@ integers.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,19 @@ from qwen_jax.data import packing
 
 SEARCH_NODES = 20_000
 FILL_NODES = 100  # for one bin
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """A document, or a stretch of one that sees no other: its tokens, the next token of
+    each, and 1 where that counts, each [tokens]."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    mask: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +221,29 @@ def checked(documents: Sequence[np.ndarray], vocab_size: int) -> list[np.ndarray
     return made
 
 
+def whole(document: np.ndarray) -> Piece:
+    """A document as a piece: its last token predicts nothing."""
+    mask = np.ones(len(document), np.float32)
+    mask[-1:] = 0
+    return Piece(document, np.append(document[1:], document[:1] * 0), mask)
+
+
+def of_rows(rows: packing.Rows) -> list[Piece]:
+    """The pieces of packed rows, in their order; padding is left behind."""
+    made = []
+    for tokens, targets, segments, mask in zip(
+        *(rows[name] for name in ("tokens_bt", "targets_bt", "segments_bt", "mask_bt")),
+        strict=True,
+    ):
+        first = 0
+        for stop in [*np.flatnonzero(np.diff(segments)) + 1, len(segments)]:
+            if segments[first]:
+                here = slice(first, stop)
+                made.append(Piece(tokens[here], targets[here], mask[here]))
+            first = stop
+    return made
+
+
 def rounded(count: int) -> int:
     """The number that a program is compiled for which takes up to `count` of something:
     1, 2, 3, 4, 6, 8, 12, ..., a power of two or one and a half of it."""
@@ -223,44 +261,87 @@ def empty(rows: int, chunk_tokens: int, *lead: int) -> packing.Rows:
     return {name: np.zeros(shape, dtype) for name, dtype in packing.DTYPES.items()}
 
 
-def put(rows: packing.Rows, at: tuple, start: int, ids: np.ndarray, segment: int):
-    """A document, or a part of one that stands at `start` in it and of which `ids` has
-    the next token, too, where there is one, into row `at` of the arrays.
-
-    `at` = (..., row, first place, places)."""
+def put(rows: packing.Rows, at: tuple, start: int, piece: Piece, segment: int):
+    """A piece, or a part of one that stands at `start` in it, into row `at` of the
+    arrays; `at` = (..., row, first place, places)."""
     *where, first, count = at
-    where = (*where, slice(first, first + count))
-    targets = np.zeros(count, np.int32)
-    targets[: len(ids) - 1] = ids[1 : count + 1]
-    rows["tokens_bt"][where] = ids[:count]
-    rows["targets_bt"][where] = targets
-    rows["mask_bt"][where] = np.arange(count) < len(ids) - 1
+    where, part = (*where, slice(first, first + count)), slice(start, start + count)
+    rows["tokens_bt"][where] = piece.tokens[part]
+    rows["targets_bt"][where] = piece.targets[part]
+    rows["mask_bt"][where] = piece.mask[part]
     rows["segments_bt"][where] = segment
     rows["positions_bt"][where] = np.arange(start, start + count)
 
 
 def standalone(
-    documents: Sequence[np.ndarray], bins: Sequence[Sequence[int]], chunk_tokens: int
+    pieces: Sequence[Piece], bins: Sequence[Sequence[int]], chunk_tokens: int
 ) -> packing.Rows:
     """Arrays [bins, C] of standalone chunks."""
     rows = empty(len(bins), chunk_tokens)
     for row, items in enumerate(bins):
         first = 0
         for segment, i in enumerate(items, 1):
-            count = len(documents[i])
-            put(rows, (row, first, count), 0, documents[i], segment)
-            first += count
+            put(rows, (row, first, len(pieces[i])), 0, pieces[i], segment)
+            first += len(pieces[i])
     return rows
 
 
 def dependent(
-    documents: Sequence[np.ndarray], chunk_tokens: int, chunks: int, rows: int
+    pieces: Sequence[Piece], chunk_tokens: int, chunks: int, rows: int
 ) -> packing.Rows:
-    """Arrays [chunks, rows, C]: a document in each row, beside each other; the rest is
+    """Arrays [chunks, rows, C]: a piece in each row, beside each other; the rest is
     padding."""
     made = empty(rows, chunk_tokens, chunks)
-    for row, ids in enumerate(documents):
-        for i, start in enumerate(range(0, len(ids), chunk_tokens)):
-            count = min(chunk_tokens, len(ids) - start)
-            put(made, (i, row, 0, count), start, ids[start : start + count + 1], 1)
+    for row, piece in enumerate(pieces):
+        for i, start in enumerate(range(0, len(piece), chunk_tokens)):
+            count = min(chunk_tokens, len(piece) - start)
+            put(made, (i, row, 0, count), start, piece, 1)
     return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Dealt:
+    """The chunks of a step on the rows of a process: standalone ones [rows, C], and
+    (arrays [n, rows, C] of a few groups beside each other, chunks of the longest)."""
+
+    packed: list[packing.Rows]
+    groups: list[tuple[packing.Rows, int]]
+
+
+def deal(
+    pieces: Sequence[Piece],
+    chunk_tokens: int,
+    rows: int,
+    gather: Callable[[Any], list[Any]] = lambda mine: [mine],
+) -> Dealt:
+    """The chunks of pieces, dealt to so many rows.
+
+    Groups of about the same length go beside each other. Processes that hold different
+    rows of the same arrays get arrays of the same shapes: each has padding where
+    another has more.
+
+    Args:
+      pieces: those of this process.
+      chunk_tokens: C.
+      rows: of this process.
+      gather: gives what every process said (JSON), for one of this process.
+    """
+    plan = build([len(one) for one in pieces], chunk_tokens)
+    some = [plan.groups[i : i + rows] for i in range(0, len(plan.groups), rows)]
+    bins = [plan.bins[i : i + rows] for i in range(0, len(plan.bins), rows)]
+    said = gather([len(bins), [groups[0].chunks for groups in some]])
+    counts = [
+        max(one) for one in itertools.zip_longest(*(x[1] for x in said), fillvalue=0)
+    ]
+    packed = []
+    for i in range(max(one[0] for one in said)):
+        mine = bins[i] if i < len(bins) else ()
+        packed.append(
+            standalone(pieces, (*mine, *[()] * (rows - len(mine))), chunk_tokens)
+        )
+    groups = []
+    for i, count in enumerate(counts):
+        ids = [pieces[one.document] for one in some[i]] if i < len(some) else []
+        arrays = dependent(ids, chunk_tokens, rounded(count), rows)
+        groups.append((arrays, count))
+    return Dealt(packed, groups)

@@ -20,7 +20,7 @@ first. Raises: config.InputError for documents, sizes and models that cannot be.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -111,42 +111,88 @@ def run(
     """
     rules, t = rules or mesh.Rules(), settings.chunk_tokens
     documents = chunks_lib.checked(documents, spec.vocab_size)
+    pieces = [chunks_lib.whole(one) for one in documents]
     attention.check_backend(spec, mesh.platform(), packed=True)
-    plan = chunks_lib.build([len(one) for one in documents], t)
     longest = max((len(one) for one in documents), default=0)
     layers.check(spec, t, longest)
-    targets = sum(len(one) - 1 for one in documents)
+    dealt = chunks_lib.deal(pieces, t, mesh.axis_size(rules.batch))
+    tokens = sum(len(one) for one in documents)
+    targets = tokens - len(documents)
     if not targets:
         raise config.InputError(
             f"{len(documents)} documents have no target: wanted one of 2 tokens or more"
         )
-    rows = mesh.axis_size(rules.batch)
-    how = {"spec": spec, "rules": rules}
     laid = functools.partial(_laid, rules=rules)
-    packed = [laid(part) for part in _standalone(documents, plan, rows)]
-    groups = [(laid(part), n) for part, n in _groups(documents, plan, rows)]
-    d_stats = None
-    if spec.moe is not None:
-        tokens = sum(len(one) for one in documents)
-        d_stats = _router_cotangents(params, packed, groups, settings, tokens, how)
-    sums = no_sums(params)
-    whole = np.float32(targets)
-    for part in packed:
-        sums = packed_gradients(
-            *(params, sums, part, whole, d_stats),
-            **how,
-            z_coef=settings.z_coef,
-            remat=settings.remat,
-        )
-    for part, count in groups:
-        sums = group_gradients(
-            *(params, sums, part, np.int32(count), whole, d_stats),
-            **how,
-            live=settings.live_chunks,
-            z_coef=settings.z_coef,
-            kv_grad_dtype=settings.kv_grad_dtype or None,
-        )
+    packed = [laid(part) for part in dealt.packed]
+    groups = [(laid(part), count) for part, count in dealt.groups]
+    programs = jitted(spec, settings, rules)
+    sums = summed(params, packed, groups, targets, tokens, programs)
     return sums, targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What a step calls; see `jitted`."""
+
+    none: Callable[..., group.Sums]  # of (params)
+    packed: Callable[..., group.Sums]  # (params, sums, part, targets, d_stats)
+    group: Callable[..., group.Sums]  # (params, sums, part, count, targets, d_stats)
+    packed_stats: Callable[..., Any] | None  # (params, stats, part)
+    group_stats: Callable[..., Any] | None  # (params, stats, part, count)
+    d_stats: Callable[..., Any] | None  # (stats, tokens)
+
+
+def jitted(spec: spec_lib.Spec, settings: Settings, rules: mesh.Rules) -> Programs:
+    """Programs that are compiled when they are called with new shapes. The last three
+    are there where losses of routers are asked for."""
+    how = {"spec": spec, "rules": rules}
+    deep = functools.partial(
+        group_gradients,
+        **how,
+        live=settings.live_chunks,
+        z_coef=settings.z_coef,
+        kv_grad_dtype=settings.kv_grad_dtype or None,
+    )
+    flat = functools.partial(
+        packed_gradients, **how, z_coef=settings.z_coef, remat=settings.remat
+    )
+    none = functools.partial(no_sums, spec)
+    if spec.moe is None or not settings.router_losses:
+        return Programs(none, flat, deep, None, None, None)
+    counting = (functools.partial(fn, **how) for fn in (packed_stats, group_stats))
+    return Programs(none, flat, deep, *counting, functools.partial(d_stats, spec))
+
+
+def summed(
+    params: Any,
+    packed: Sequence[dict[str, jax.Array]],
+    groups: Sequence[tuple[dict[str, jax.Array], int]],
+    targets: float,
+    tokens: int,
+    programs: Programs,
+) -> group.Sums:
+    """The sums of a step whose chunks lie on the mesh; see `chunks.Dealt`.
+
+    Args:
+      params: the weights.
+      packed: standalone chunks.
+      groups: groups of dependent ones.
+      targets, tokens: of the whole step, in all processes.
+      programs: what computes it.
+    """
+    sums, whole, asked = programs.none(params), np.float32(targets), None
+    if programs.d_stats is not None:
+        stats = sums.stats
+        for part in packed:
+            stats = programs.packed_stats(params, stats, part)
+        for part, count in groups:
+            stats = programs.group_stats(params, stats, part, np.int32(count))
+        asked = programs.d_stats(stats, np.float32(tokens))
+    for part in packed:
+        sums = programs.packed(params, sums, part, whole, asked)
+    for part, count in groups:
+        sums = programs.group(params, sums, part, np.int32(count), whole, asked)
+    return sums
 
 
 def _laid(part, rules):
@@ -160,26 +206,7 @@ def _laid(part, rules):
     return out
 
 
-def _standalone(documents, plan, rows):
-    """Batches [rows, C] of standalone chunks, the last one filled up with padding."""
-    for first in range(0, len(plan.bins), rows):
-        bins = plan.bins[first : first + rows]
-        bins += ((),) * (rows - len(bins))
-        yield chunks_lib.standalone(documents, bins, plan.chunk_tokens)
-
-
-def _groups(documents, plan, rows):
-    """(arrays [n, rows, C] of a few groups, their chunks). Groups of about the same
-    length go beside each other."""
-    for first in range(0, len(plan.groups), rows):
-        some = plan.groups[first : first + rows]
-        count = some[0].chunks
-        n = chunks_lib.rounded(count)
-        ids = [documents[one.document] for one in some]
-        yield chunks_lib.dependent(ids, plan.chunk_tokens, n, rows), count
-
-
-no_sums = jax.jit(group.no_sums)
+no_sums = jax.jit(group.no_sums, static_argnums=0)
 
 
 group_gradients = jax.jit(
@@ -187,7 +214,6 @@ group_gradients = jax.jit(
     static_argnames=("spec", "rules", "live", "z_coef", "kv_grad_dtype"),
     donate_argnames="acc",
 )
-_counted = jax.jit(group.counted, static_argnames=("spec", "rules"))
 
 
 @functools.partial(
@@ -214,16 +240,15 @@ def packed_gradients(
         total = total / targets.astype(total.dtype)
         for name, d in (d_stats or {}).items():
             total += jnp.sum(d * stats[name])
-        lost = 0.0 if stats is None else jnp.sum(stats["dropped"])
-        return total, sums | {"dropped": lost}
+        return total, (sums, stats)
 
-    (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (_, (sums, stats)), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return group.Sums(
         jax.tree.map(lambda x, d: x + d.astype(x.dtype), acc.grads, grads),
         acc.nll + sums["nll"],
         acc.z + sums["z"],
         acc.forwards + 1,
-        acc.dropped + sums["dropped"],
+        group.added(acc.stats, stats),
     )
 
 
@@ -240,27 +265,26 @@ def _hidden(params, part, spec, rules, remat):
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "rules"))
-def _packed_counts(params, part, *, spec, rules):
-    stats = _hidden(params, part, spec, rules, "none")[1]
-    return {k: stats[k] for k in group.no_cotangents(spec)}
+def packed_stats(params, stats, part, *, spec, rules):
+    """What routers count (`group.no_stats`), with that of standalone chunks [b, C]."""
+    return group.added(stats, _hidden(params, part, spec, rules, "none")[1])
 
 
-def _router_cotangents(params, packed, groups, settings, tokens, how):
-    """Cotangents of what routers count, of the whole step's losses: those of `moe`."""
-    spec = how["spec"]
-    zero = group.no_cotangents(spec)
-    if not settings.router_losses:
-        return zero
-    sums = zero
-    if spec.moe.balance_coef:
-        parts = [_packed_counts(params, part, **how) for part in packed]
-        parts += [_counted(params, part, np.int32(n), **how) for part, n in groups]
-        for part in parts:
-            sums = jax.tree.map(jnp.add, sums, part)
+@functools.partial(jax.jit, static_argnames=("spec", "rules"))
+def group_stats(params, stats, part, count, *, spec, rules):
+    """The same with that of `count` chunks of groups [n, b, C]."""
+    counted = group.counted(params, part, count, spec=spec, rules=rules)
+    return group.added(stats, counted)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def d_stats(spec, stats, tokens):
+    """Cotangents of what routers count, of the losses of a whole step in whose `tokens`
+    they counted `stats`: those of `moe`."""
 
     def losses_of(made):
-        balance = moe.balance_loss(sums["counts_e"], tokens, made["probs_e"], tokens)
+        balance = moe.balance_loss(stats["counts_e"], tokens, made["probs_e"], tokens)
         z = jnp.mean(made["z"]) / tokens
         return spec.moe.balance_coef * balance + spec.moe.z_coef * z
 
-    return jax.grad(losses_of)(zero)
+    return jax.grad(losses_of)(group.no_stats(spec))

@@ -41,17 +41,17 @@ from qwen_jax.train.chunkflow import layers as layers_lib
 @struct.dataclass
 class Sums:
     """What a step adds up: gradients as the weights; float32 sums of the loss (nats and
-    lse^2 of targets); forward passes that were made for them; choices of experts that
-    were dropped (those of a chunk computed again once)."""
+    lse^2 of targets); forward passes that were made for them; what routers counted (of
+    a chunk computed again once), as `no_stats`."""
 
     grads: Any
     nll: jax.Array
     z: jax.Array
     forwards: jax.Array
-    dropped: jax.Array
+    stats: Any
 
 
-def no_sums(params: Any) -> Sums:
+def no_sums(spec: spec_lib.Spec, params: Any) -> Sums:
     """Of nothing yet. Gradients lie as the weights do."""
 
     def zeros(w):
@@ -59,8 +59,8 @@ def no_sums(params: Any) -> Sums:
 
     dtype = jax.tree.leaves(params)[0].dtype
     zero = jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
-    none = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-    return Sums(jax.tree.map(zeros, params), zero, zero, *none)
+    none = jnp.zeros((), jnp.int32)
+    return Sums(jax.tree.map(zeros, params), zero, zero, none, no_stats(spec))
 
 
 @struct.dataclass
@@ -98,12 +98,13 @@ def gradients(
       count: chunks of the longest document, int32.
       targets: of the whole step, by which the loss is divided.
       d_stats: cotangents of what routers count, [sparse layers, ...] of each name: see
-        `no_cotangents`; None for models without routers.
+        `no_stats`; None where no loss asks.
       live: K.
       z_coef: weight of lse^2.
       kv_grad_dtype: of the cotangents of keys and values; None for float32.
     """
     n, b, t = batch["tokens_bt"].shape
+    d_stats = no_stats(spec) if d_stats is None else d_stats
     store, d_held = _fresh(spec, n, b, t, min(live, n), kv_grad_dtype, rules)
 
     def forward(i, store):
@@ -111,10 +112,9 @@ def gradients(
 
     def first(i, carry):
         store, counts = forward(i, carry[0])
-        lost = 0.0 if counts is None else jnp.sum(counts["dropped"])
-        return store, carry[1] + lost
+        return store, added(carry[1], counts)
 
-    store, dropped = jax.lax.fori_loop(0, count, first, (store, acc.dropped))
+    store, stats = jax.lax.fori_loop(0, count, first, (store, acc.stats))
 
     def backward(m, carry):
         acc, store, d_held, d_states = carry
@@ -138,12 +138,17 @@ def gradients(
     d_states = jax.tree.map(lambda x: jnp.zeros_like(x[0]), store.states)
     carry = acc, store, d_held, d_states
     acc, store, *_ = jax.lax.fori_loop(0, count, backward, carry)
-    return acc.replace(forwards=acc.forwards + store.forwards, dropped=dropped)
+    return acc.replace(forwards=acc.forwards + store.forwards, stats=stats)
 
 
-def no_cotangents(spec: spec_lib.Spec) -> dict[str, jax.Array] | None:
-    """Of what routers count, where no loss asks: zeros, [sparse layers, ...]; None for
-    models without routers."""
+def added(stats: Any, counts: Any) -> Any:
+    """What routers counted so far, with more of it (as `decoder.hidden` gives it)."""
+    return stats and {k: x + counts[k].astype(x.dtype) for k, x in stats.items()}
+
+
+def no_stats(spec: spec_lib.Spec) -> dict[str, jax.Array] | None:
+    """What routers count in no token, and cotangents of that where no loss asks: zeros,
+    [sparse layers, ...]; None for models without routers."""
     if spec.moe is None:
         return None
     each = len(spec.layers_with("moe")), spec.moe.num_experts
@@ -165,20 +170,16 @@ def counted(
     rules: mesh.Rules,
 ) -> dict[str, jax.Array]:
     """What routers count in all tokens of `count` chunks of a batch [n, b, C], by
-    forward passes alone: as `no_cotangents`."""
+    forward passes alone: as `no_stats`."""
     n, b, t = batch["tokens_bt"].shape
     store, _ = _fresh(spec, n, b, t, 1, None, rules)
-    shape = jax.eval_shape(
-        lambda s: _forward(spec, params, _chunk(batch, 0), s, 0, rules)[1], store
-    )
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
 
     def forward(i, carry):
-        store, sums = carry
+        store, stats = carry
         store, counts = _forward(spec, params, _chunk(batch, i), store, i, rules)
-        return store, jax.tree.map(jnp.add, sums, counts)
+        return store, added(stats, counts)
 
-    return jax.lax.fori_loop(0, count, forward, (store, zero))[1]
+    return jax.lax.fori_loop(0, count, forward, (store, no_stats(spec)))[1]
 
 
 def _chunk(batch, i) -> layers_lib.Chunk:

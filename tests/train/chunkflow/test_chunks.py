@@ -73,7 +73,8 @@ def test_tokens_are_there_once_and_in_order():
     assert plan.chunks == 13 + len(plan.bins) and plan.fewest
     told = {i: [] for i in range(len(lengths))}
     targets = {i: [] for i in range(len(lengths))}
-    packed = chunks.standalone(documents, plan.bins, 8)
+    pieces = [chunks.whole(one) for one in documents]
+    packed = chunks.standalone(pieces, plan.bins, 8)
     for items, row in zip(plan.bins, range(len(plan.bins)), strict=True):
         segment = packed["segments_bt"][row]
         for number, i in enumerate(items, 1):
@@ -84,7 +85,7 @@ def test_tokens_are_there_once_and_in_order():
             counts = here & (packed["mask_bt"][row] > 0)
             targets[i] += packed["targets_bt"][row][counts].tolist()
         assert not packed["mask_bt"][row][segment == 0].any()
-    long = [documents[g.document] for g in plan.groups]
+    long = [pieces[g.document] for g in plan.groups]
     beside = chunks.dependent(long, 8, 8, 5)
     assert beside["tokens_bt"].shape == (8, 5, 8)
     for row, group in enumerate(plan.groups):

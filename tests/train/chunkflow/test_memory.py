@@ -31,7 +31,7 @@ def temporary_bytes(n, live):
     assert chunks.rounded(n) == n  # else what is compiled is for more
     operands = (
         params,
-        jax.eval_shape(group.no_sums, params),
+        jax.eval_shape(functools.partial(group.no_sums, SPEC), params),
         jax.eval_shape(lambda: jax.tree.map(jnp.asarray, chunks.empty(1, C, n))),
         *(jnp.int32(n), jnp.float32(1), None),
     )

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step in chunks: what hosts lay out, the programs, the update.
+
+    lay_out(rows) -> Work -> step(state, work) -> (state, metrics)
+
+as `train.step` makes it of whole rows: the pieces of a batch's rows (a document, or a
+part of one that is longer than a row) are cut and packed anew, in chunks of C tokens.
+Every program is compiled before the first step: that of standalone chunks, those of
+groups of 2, 3, 4, 6, 8, ... chunks up to the longest row, that of the update; a step
+that would need another fails.
+
+Shapes: rows as of `data.packing`; a process lays out those that it holds.
+Metrics: those of `train.step`, forwards (passes of a batch of chunks through all
+layers), and length (tokens of a piece, the mean over tokens).
+Raises: config.InputError from `check`, for what cannot be trained in chunks.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from qwen_jax import mesh
+from qwen_jax.data import packing
+from qwen_jax.models import moe
+from qwen_jax.models import spec as spec_lib
+from qwen_jax.train import state as state_lib
+from qwen_jax.train import step as step_lib
+from qwen_jax.train.chunkflow import chunks, gradients, group
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The chunks of one step on the mesh, and numbers of all processes."""
+
+    packed: list[dict[str, jax.Array]]
+    groups: list[tuple[dict[str, jax.Array], int]]
+    targets: float
+    tokens: int
+    bytes: float
+    padding: int  # places of all chunks that hold no token
+    length: float  # tokens of a piece, the mean over tokens
+
+
+def lay_out(
+    rows: packing.Rows,
+    *,
+    settings: gradients.Settings,
+    local_rows: int,
+    place: Callable[[np.ndarray], jax.Array],
+    bytes_v: np.ndarray,
+    gather: Callable[[Any], list[Any]],
+) -> Work:
+    """The chunks of a batch's rows.
+
+    Args:
+      rows: those that this process holds.
+      settings: how the step goes through them.
+      local_rows: rows of this process in the arrays of chunks.
+      place: lays arrays [..., local_rows, C] on the mesh.
+      bytes_v: UTF-8 bytes of each id.
+      gather: as of `chunks.deal`; of processes that hold the same rows one speaks.
+    """
+    pieces = chunks.of_rows(rows)
+    dealt = chunks.deal(pieces, settings.chunk_tokens, local_rows, gather)
+    mine = [
+        sum(float(one.mask.sum()) for one in pieces),
+        sum(map(len, pieces)),
+        sum(float(bytes_v[one.targets] @ one.mask) for one in pieces),
+        sum(len(one) ** 2 for one in pieces),
+    ]
+    said = gather(mine)
+    targets, tokens, size, squares = map(sum, zip(*said, strict=True))
+    count = len(dealt.packed) + sum(len(x["tokens_bt"]) for x, _ in dealt.groups)
+    places = count * local_rows * len(said) * settings.chunk_tokens
+
+    def laid(part):
+        return {name: place(x) for name, x in part.items()}
+
+    groups = [(laid(part), count) for part, count in dealt.groups]
+    packed = [laid(part) for part in dealt.packed]
+    length = squares / max(tokens, 1)
+    return Work(packed, groups, targets, tokens, size, places - tokens, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """`step(state, work, bytes_v) -> (state, metrics)`, and what it is made of."""
+
+    programs: gradients.Programs
+    update: Callable[..., Any]
+    each: dict[str, Any]  # jax.stages.Compiled
+
+    def __call__(self, state: state_lib.State, work: Work, bytes_v: Any = None):
+        del bytes_v  # counted where the chunks were laid out
+        targets, tokens = np.float32(max(work.targets, 1.0)), np.float32(work.tokens)
+        made = work.packed, work.groups, targets, tokens, self.programs
+        sums = gradients.summed(state.params, *made)
+        state, metrics = self.update(state, sums, targets, tokens)
+        counts = {name: getattr(work, name) for name in ("bytes", "padding", "length")}
+        return state, metrics | counts | {"places": work.tokens + work.padding}
+
+
+def compiled(
+    spec: spec_lib.Spec,
+    tx: optax.GradientTransformation,
+    rules: mesh.Rules,
+    config: step_lib.StepConfig,
+    settings: gradients.Settings,
+    *,
+    state: state_lib.State,
+    chunk: Callable[..., Any],
+    longest: int,
+) -> Compiled:
+    """The step compiled for rows of at most `longest` tokens, on the mesh in use.
+
+    Args:
+      spec, tx, rules, config: as of `train.step.compile_step`.
+      settings: how a step goes through its chunks.
+      state: its shapes and shardings.
+      chunk: gives those of the arrays [*lead, rows, C] of a chunk, for `lead`.
+      longest: tokens of a row.
+    """
+    programs = gradients.jitted(spec, settings, rules)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    lowered = {"none": _lower(programs.none, state.params)}
+    sums = _abstract(lowered["none"])
+    asked = None
+    if programs.d_stats is not None:
+        lowered["d_stats"] = _lower(programs.d_stats, sums.stats, scalar)
+        asked = _abstract(lowered["d_stats"])
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    parts = {"packed": (chunk(),)}
+    parts |= {f"group/{n}": (chunk(n), count) for n in sizes(settings, longest)}
+    for name, part in parts.items():
+        kind, _, n = name.partition("/")
+        operands = state.params, sums, *part, scalar, asked
+        lowered[name] = _lower(getattr(programs, kind), *operands)
+        if asked is not None:
+            operands = state.params, sums.stats, *part
+            fn = getattr(programs, f"{kind}_stats")
+            lowered[f"{kind}_stats/{n}".rstrip("/")] = _lower(fn, *operands)
+    fn = functools.partial(_update, spec=spec, tx=tx, config=config)
+    fn = jax.jit(fn, donate_argnums=0)
+    lowered["update"] = fn.lower(state, sums, scalar, scalar)
+    device_mesh = jax.sharding.get_mesh()
+
+    def finished(one):
+        with jax.set_mesh(device_mesh):
+            return one.compile()
+
+    with futures.ThreadPoolExecutor(4) as pool:
+        made = pool.map(finished, lowered.values())
+        each = dict(zip(lowered, made, strict=True))
+    return Compiled(_by_shape(each), each["update"], each)
+
+
+def sizes(settings: gradients.Settings, longest: int) -> list[int]:
+    """Numbers of chunks that programs of groups are compiled for."""
+    most = -(-longest // settings.chunk_tokens)
+    return sorted({chunks.rounded(n) for n in range(2, most + 1)})
+
+
+def _lower(fn: functools.partial, *operands: Any) -> Any:
+    return fn.func.lower(*fn.args, *operands, **fn.keywords)
+
+
+def _abstract(lowered: Any) -> Any:
+    """What a program makes: shapes, dtypes and shardings."""
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+        lowered.out_info,
+        lowered.compile().output_shardings,
+    )
+
+
+def _by_shape(each: dict[str, Any]) -> gradients.Programs:
+    """Programs that are chosen by the chunks that the arrays have room for."""
+
+    def group(params, sums, part, *more):
+        return each[f"group/{len(part['tokens_bt'])}"](params, sums, part, *more)
+
+    def group_stats(params, stats, part, *more):
+        fn = each[f"group_stats/{len(part['tokens_bt'])}"]
+        return fn(params, stats, part, *more)
+
+    if "d_stats" not in each:
+        flat = each["none"], each["packed"], group
+        return gradients.Programs(*flat, None, None, None)
+    return gradients.Programs(
+        *(each["none"], each["packed"], group),
+        *(each["packed_stats"], group_stats, each["d_stats"]),
+    )
+
+
+def _update(state, sums: group.Sums, targets, tokens, *, spec, tx, config):
+    """(the state with the update of these sums in, metrics)."""
+    parts = {"nll": sums.nll, "z": sums.z, "targets": targets}
+    if spec.moe is not None:
+        made, seen = sums.stats, jnp.maximum(tokens, 1.0)
+        counts_le, probs_le = made["counts_e"], made["probs_e"]
+        parts |= {
+            "balance": moe.balance_loss(counts_le, seen, probs_le, seen),
+            "router_z": jnp.mean(made["z"]) / seen,
+            "counts_le": counts_le,
+            "dropped": jnp.sum(made["dropped"]),
+            "tokens": seen,
+        }
+    state, metrics = step_lib.updated(
+        state, sums.grads, parts, spec=spec, tx=tx, config=config
+    )
+    return state, metrics | {"forwards": sums.forwards}
