@@ -16,6 +16,7 @@ from qwen_jax.checkpoint import compatible
 from qwen_jax.data import mixture, source, tokenizer
 from qwen_jax.models import decoder, hf
 from qwen_jax.models import spec as spec_lib
+from qwen_jax.plan import chips, micro
 
 
 def with_stored(exp: experiment.Experiment, stored: dict) -> experiment.Experiment:
@@ -28,6 +29,27 @@ def with_stored(exp: experiment.Experiment, stored: dict) -> experiment.Experime
     if not train.batch_tokens:
         train = dataclasses.replace(train, batch_tokens=stored["train"]["batch_tokens"])
     return dataclasses.replace(exp, optim=optim, train=train)
+
+
+def chunk_memory(setup: prepare.Setup) -> None:
+    """Refuse chunks of which the longest row does not fit in a device's memory."""
+    if setup.chunks is None:
+        return
+    held, train = prepare.chunk_memory(setup), setup.exp.train
+    device = setup.device_mesh.devices.flat[0]
+    there = int(micro.HEADROOM * chips.memory_bytes(device))
+    if held.total <= there:
+        return
+    gib, longest = 1 << 30, setup.exp.data.seq_tokens
+    raise config.InputError(
+        f"rows of {longest} tokens in chunks of {train.chunk_tokens}, of which "
+        f"{train.live_chunks} wait, need about {held.total / gib:.2f} GiB of a device: "
+        f"keys, values and their cotangents {(held.keys + held.key_grads) / gib:.2f}, "
+        f"what waits {held.waiting / gib:.2f}, weights, gradients and optimizer "
+        f"{held.fixed / gib:.2f}; {there / gib:.2f} GiB are to be used. `qwen-jax plan "
+        "chunk` finds chunks that fit; keys shrink with --config.mesh.tensor and a "
+        "smaller --config.data.seq_tokens, weights with --config.mesh.fsdp"
+    )
 
 
 def resume(

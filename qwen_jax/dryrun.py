@@ -31,6 +31,8 @@ import jax
 from qwen_jax import config, experiment, mesh, prepare
 from qwen_jax.models import flops
 from qwen_jax.plan import chips, collectives, memory, topology
+from qwen_jax.plan import chunks as chunk_costs
+from qwen_jax.train.chunkflow import step as chunk_step
 
 FULL = 0.95
 GIB = 1 << 30
@@ -70,7 +72,7 @@ class Report:
     batch_tokens: int
     num_steps: int
     tokens: int
-    derived: memory.Estimate
+    derived: memory.Estimate | chunk_costs.Estimate
     optimizer_bytes: int  # of one device, exact
     compiled: Compiled | None  # None: the compiler ran out of the device's memory
     device_bytes: int
@@ -142,20 +144,15 @@ def measure(
     batch, derivation = setup.batch, setup.derivation
     sizes = dict(setup.device_mesh.shape)
     ways = math.prod(sizes[a] for a in mesh.names(exp.rules.batch))
-    derived = memory.estimate(
-        exp.model,
-        exp.rules,
-        sizes,
-        optimizer=exp.optim.name,
-        remat=exp.train.remat,
-        tokens=batch.micro_rows * exp.data.seq_tokens // ways,
-        micro_steps=batch.micro_steps,
-    )
+    derived = _derived(setup, ways)
     state = prepare.abstract_inputs(setup)[0]
     start_s = time.monotonic()
     program, ran_out = _compile(setup)
     compile_s = time.monotonic() - start_s
+    whole, program = program, program and _measurable(program)
     compiled = _account(program, device.platform) if program else None
+    if compiled and setup.chunks is not None:
+        compiled = dataclasses.replace(compiled, needed=whole.needed())
     needed = compiled.needed if compiled else ran_out
     device_bytes = chips.memory_bytes(device)
     fits = needed <= FULL * device_bytes
@@ -164,6 +161,7 @@ def measure(
         traffic, at_least = collectives.traffic(
             program.as_text(), setup.device_mesh.size
         )
+        at_least |= setup.chunks is not None  # it is that of one batch of chunks
     step_tokens = batch.rows * exp.data.seq_tokens
     per_token = flops.train_per_token(exp.model, exp.data.seq_tokens)
     causal = flops.train_per_token(exp.model, exp.data.seq_tokens, causal=True)
@@ -209,6 +207,22 @@ def measure(
     )
 
 
+def _derived(setup: prepare.Setup, ways: int) -> Any:
+    """What a step holds by its shapes."""
+    if setup.chunks is not None:
+        return prepare.chunk_memory(setup)
+    exp, batch = setup.exp, setup.batch
+    return memory.estimate(
+        exp.model,
+        exp.rules,
+        dict(setup.device_mesh.shape),
+        optimizer=exp.optim.name,
+        remat=exp.train.remat,
+        tokens=batch.micro_rows * exp.data.seq_tokens // ways,
+        micro_steps=batch.micro_steps,
+    )
+
+
 def _compile(setup: prepare.Setup) -> tuple[Any, int]:
     """(compiled step, 0), or (None, bytes it asked for) when a device is too small."""
     try:
@@ -220,6 +234,11 @@ def _compile(setup: prepare.Setup) -> tuple[Any, int]:
         if asked is None:
             raise
         return None, int(float(asked[1]) * 1024 ** ("KMGT".index(asked[2]) + 1))
+
+
+def _measurable(program: Any) -> Any:
+    """The program whose account stands for the step's: of several the largest."""
+    return program.largest() if isinstance(program, chunk_step.Compiled) else program
 
 
 def _account(program: Any, platform: str) -> Compiled:
@@ -255,6 +274,8 @@ def fix(
     device_bytes: int,
 ) -> str:
     """The smallest change that fits by the estimate, scaled by what it missed here."""
+    if setup.chunks is not None:
+        return "`qwen-jax plan chunk` finds chunks that fit, if any do"
     sizes, batch = dict(setup.device_mesh.shape), setup.batch
     ways = math.prod(sizes[a] for a in mesh.names(exp.rules.batch))
 
@@ -320,6 +341,8 @@ def render(report: Report) -> str:
 
 def _memory_lines(report: Report) -> list[str]:
     derived, compiled = report.derived, report.compiled
+    if isinstance(derived, chunk_costs.Estimate):
+        return _chunk_lines(report, derived)
     state = derived.weights + report.optimizer_bytes
     temporaries = derived.total - derived.weights - derived.optimizer
     rows = [
@@ -339,12 +362,38 @@ def _memory_lines(report: Report) -> list[str]:
     lines = [f"memory of one device, GiB {'derived':>16} {'compiler':>10}"]
     for name, guess, told in rows:
         lines.append(f"  {name:30} {_number(guess):>9} {_number(told):>10}".rstrip())
+    return [*lines, _needed_line(report)]
+
+
+def _needed_line(report: Report) -> str:
     share = report.needed_bytes / report.device_bytes
-    lines.append(
+    return (
         f"  needed {_gib(report.needed_bytes)} of {_gib(report.device_bytes)} a "
         f"program may use: {share:.1%}, {'fits' if report.fits else 'DOES NOT FIT'}"
     )
-    return lines
+
+
+def _chunk_lines(report: Report, derived: chunk_costs.Estimate) -> list[str]:
+    """Of a step in chunks, whose largest program the compiler tells of."""
+    names = {
+        "weights": "weights",
+        "optimizer": "optimizer",
+        "sums": "gradients of the step",
+        "gradient": "gradient of a chunk",
+        "gathered": "gathered weights",
+        "keys": "keys and values of the longest row",
+        "key_grads": "their cotangents",
+        "waiting": "chunks that wait",
+        "working": "activations of one layer",
+        "head": "or head and loss",
+        "packed": "or all layers of a standalone chunk",
+    }
+    lines = [f"memory of one device, GiB {'derived':>21} {'compiler':>10}"]
+    for field, name in names.items():
+        lines.append(f"  {name:35} {_number(getattr(derived, field)):>9}")
+    told = report.compiled and report.compiled.needed
+    last = f"  {'all of these':35} {_number(derived.total):>9} {_number(told):>10}"
+    return [*lines, last.rstrip(), _needed_line(report)]
 
 
 def _number(value: int | None) -> str:

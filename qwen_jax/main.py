@@ -206,6 +206,7 @@ def _train(
         meta = checkpoints.read_meta(checkpoints.newest_intact())
         exp = checks.with_stored(exp, meta["config"])
     exp, setup = prepare.set_up(exp)
+    checks.chunk_memory(setup)
     resolved = config.thaw(exp)
     if meta is not None:
         checks.resume(meta, resolved, setup, workdir)

@@ -25,8 +25,9 @@ from qwen_jax.data import packing
 from qwen_jax.models import attention, decoder, flops, hf_config
 from qwen_jax.optim import build, derive
 from qwen_jax.plan import chips, memory, micro
+from qwen_jax.plan import chunks as chunk_costs
 from qwen_jax.train import chunkflow, state, step
-from qwen_jax.train.chunkflow import layers
+from qwen_jax.train.chunkflow import chunks, layers
 from qwen_jax.train.chunkflow import step as chunk_step
 
 GATHER_S = 3600.0  # that processes wait for each other's lengths, as reading may take
@@ -156,6 +157,20 @@ def _batch(exp: experiment.Experiment, device_mesh: Any, ways: int, tokens: int)
         f"wait; rows of up to {-(-exp.data.seq_tokens // train.chunk_tokens)} chunks"
     )
     return dataclasses.replace(batch, line=line)
+
+
+def chunk_memory(setup: Setup) -> chunk_costs.Estimate:
+    """What a step in chunks holds in one device's memory, of rows as long as may be."""
+    exp, train = setup.exp, setup.exp.train
+    most = -(-exp.data.seq_tokens // train.chunk_tokens)
+    return chunk_costs.estimate(
+        *(exp.model, exp.rules, dict(setup.device_mesh.shape)),
+        optimizer=exp.optim.name,
+        remat=train.remat,
+        chunk_tokens=train.chunk_tokens,
+        live_chunks=train.live_chunks,
+        chunks=chunks.rounded(most),
+    )
 
 
 def _check_chunks(exp: experiment.Experiment) -> None:

@@ -25,9 +25,19 @@ ORDER = [
     *[(name,) for name in ("checkpoint", "fault", "serve", "platform")],
     ("report", "doctor", "pull"),
     # main and its neighbours, which may import everything above and each other
-    ("experiment", "prepare", "checks", "export", "session", "main", "dryrun")
+    (
+        "experiment",
+        "prepare",
+        "checks",
+        "export",
+        "session",
+        "main",
+        "dryrun",
+        "planning",
+    )
     + ("talk", "convert", "tools", "terminal", "serving"),
     ("bench",),  # measures whole runs too
+    ("verbs",),
     ("cli",),
     ("__main__",),
 ]

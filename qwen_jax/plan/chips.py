@@ -31,19 +31,20 @@ class Chip:
     kind: str
     peak_flops_per_s: float
     memory_bytes: int
+    memory_bytes_per_s: float
 
 
 CHIPS = (
-    Chip("TPU v4", 275e12, int(30.75 * GIB)),
-    Chip("TPU v5 lite", 197e12, int(15.75 * GIB)),
-    Chip("TPU v5p", 459e12, int(95.74 * GIB)),
-    Chip("TPU v5", 459e12, int(95.74 * GIB)),
-    Chip("TPU v6 lite", 918e12, int(31.25 * GIB)),
-    Chip("TPU7x", 2307e12 / 2, int(94.75 * GIB)),
-    Chip("NVIDIA A100", 312e12, 80 * GIB),
-    Chip("NVIDIA H100", 989e12, 80 * GIB),
-    Chip("NVIDIA H200", 989e12, 141 * 10**9),
-    Chip("NVIDIA B200", 2250e12, 180 * GIB),
+    Chip("TPU v4", 275e12, int(30.75 * GIB), 1.23e12),
+    Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 0.82e12),
+    Chip("TPU v5p", 459e12, int(95.74 * GIB), 2.77e12),
+    Chip("TPU v5", 459e12, int(95.74 * GIB), 2.77e12),
+    Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1.64e12),
+    Chip("TPU7x", 2307e12 / 2, int(94.75 * GIB), 7.38e12 / 2),
+    Chip("NVIDIA A100", 312e12, 80 * GIB, 2.04e12),
+    Chip("NVIDIA H100", 989e12, 80 * GIB, 3.35e12),
+    Chip("NVIDIA H200", 989e12, 141 * 10**9, 4.8e12),
+    Chip("NVIDIA B200", 2250e12, 180 * GIB, 8e12),
 )
 
 
@@ -96,3 +97,26 @@ def peak_flops_per_s(device: Any) -> tuple[float, str]:
         rate = measured_flops_per_s() / jax.local_device_count()
         return rate, "measured float32 1024 x 1024 product"
     return math.nan, f"unknown device {device.device_kind!r}"
+
+
+def bandwidth_bytes_per_s(device: Any) -> float:
+    """Of one device's memory, by its data sheet; of a CPU as a large copy goes here."""
+    chip = chip_of(device)
+    if chip is not None:
+        return chip.memory_bytes_per_s
+    return measured_copy_bytes_per_s() / jax.local_device_count()
+
+
+@functools.cache
+def measured_copy_bytes_per_s(size: int = 1 << 26) -> float:
+    """Bytes read and written a second by a large copy on the default device, best of
+    five."""
+    x = jnp.ones(size // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    copy(x).block_until_ready()
+    best_s = math.inf
+    for _ in range(5):
+        start_s = time.perf_counter()
+        copy(x).block_until_ready()
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * size / best_s

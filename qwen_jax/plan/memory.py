@@ -107,10 +107,10 @@ def activation_bytes_per_token(
     for kind in (*spec.kinds, *spec.mtp_kinds):
         mixer, mixing = _mixer(spec, kind.mixer, rules, sizes)
         fed, feeding = _feed_forward(spec, kind.sparse, rules, sizes)
-        each, width = mixer | fed, _residual_bytes(spec)
+        each, width = mixer | fed, residual_bytes(spec)
         if spec.streams is not None:
             low = spec.streams.rank * _item(spec.compute_dtype)
-            each |= {"mix": 2 * low // _ways(rules.ffn, sizes)}
+            each |= {"mix": 2 * low // ways(rules.ffn, sizes)}
         # Autodiff left alone keeps the inputs of products and of attention, too.
         layer = (
             sum(each.values()) + each.get("q", 0) + each.get("k", 0) + 3 * width
@@ -122,7 +122,7 @@ def activation_bytes_per_token(
     return kept, working
 
 
-def _residual_bytes(spec: spec_lib.Spec) -> int:
+def residual_bytes(spec: spec_lib.Spec) -> int:
     """Of one token, in all streams."""
     count = spec.streams.count if spec.streams is not None else 1
     return count * spec.width * _item(spec.compute_dtype)
@@ -137,8 +137,8 @@ def _mixer(
     (float32 inside attention), the residual stream in float32 around the norms.
     """
     size = _item(spec.compute_dtype)
-    heads, kv_heads = _ways(rules.heads, sizes), _ways(rules.kv_heads, sizes)
-    wide, width = (4 // size if size < 4 else 1), _residual_bytes(spec)
+    heads, kv_heads = ways(rules.heads, sizes), ways(rules.kv_heads, sizes)
+    wide, width = (4 // size if size < 4 else 1), residual_bytes(spec)
     if mixer == "delta":
         delta = spec.delta
         keys = delta.key_heads * delta.key_width * size // kv_heads
@@ -168,14 +168,14 @@ def _feed_forward(
 ) -> tuple[dict[str, int], int]:
     """As `_mixer`: gate, up, their product and the gradients of these."""
     size = _item(spec.compute_dtype)
-    ways = _ways(rules.ffn, sizes)
+    split = ways(rules.ffn, sizes)
     if not sparse:
-        ffn = spec.ffn_width * size // ways
+        ffn = spec.ffn_width * size // split
         return {"mlp_gate": ffn, "mlp_up": ffn}, 6 * ffn
     moe, width = spec.moe, spec.width * size
-    shared = moe.shared_width * size // ways
-    picked = moe.experts_per_token * (6 * moe.ffn_width * size // ways + 3 * width)
-    around = _ways(rules.experts, sizes)
+    shared = moe.shared_width * size // split
+    picked = moe.experts_per_token * (6 * moe.ffn_width * size // split + 3 * width)
+    around = ways(rules.experts, sizes)
     if moe.exchange == "gather":
         # Every device has the rows of its whole group, those of others' experts, too.
         picked = around * picked + (2 * width * around if around > 1 else 0)
@@ -220,8 +220,8 @@ def local_bytes(
     """Bytes of one device's part of a tree of `Param`."""
 
     def one(p: params.Param) -> int:
-        ways = [_ways(axes, sizes) for axes in rules.pspec(*p.dims)]
-        parts = [-(-n // w) for n, w in zip(p.shape, ways, strict=True)]
+        split = [ways(axes, sizes) for axes in rules.pspec(*p.dims)]
+        parts = [-(-n // w) for n, w in zip(p.shape, split, strict=True)]
         return math.prod(parts) * itemsize
 
     return sum(jax.tree.leaves(params.tree_map(one, tree)))
@@ -231,7 +231,7 @@ def _without(rules: mesh.Rules, dim: str) -> mesh.Rules:
     return dataclasses.replace(rules, **{dim: None})
 
 
-def _ways(axes: mesh.Axes, sizes: Mapping[str, int]) -> int:
+def ways(axes: mesh.Axes, sizes: Mapping[str, int]) -> int:
     names = (axes,) if isinstance(axes, str) else (axes or ())
     return math.prod(sizes[name] for name in names)
 

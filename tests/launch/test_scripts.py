@@ -14,7 +14,7 @@ import time
 import pytest
 import yaml
 
-from qwen_jax import cli
+from qwen_jax import verbs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHELL_SCRIPTS = sorted(p.relative_to(ROOT) for p in ROOT.glob("launch/*.sh"))
@@ -442,7 +442,7 @@ def test_gke_asks_for_an_exit_code_only_where_the_command_has_one(shell):
     job = yaml.safe_load(done.stdout)
     [container] = job["spec"]["template"]["spec"]["containers"]
     assert container["command"] == ["qwen-jax", "doctor"]
-    words = cli.parser().parse_args([*RUN, *STOPPED])  # where it has one, it is known
+    words = verbs.parser().parse_args([*RUN, *STOPPED])  # where it has one, it is known
     assert words.exit_code_when_stopped == int(STOPPED[1]) != 0
 
 

@@ -88,7 +88,7 @@ def attention(
         )
     if window and not causal:
         raise ValueError(f"window={window} goes with causal attention only")
-    block = block or _block_for(t)
+    block = block or block_for(t)
     padded = -(-t // block) * block
     if segments_bt is None and padded != t:
         segments_bt = jnp.ones((b, t), jnp.int32)
@@ -105,7 +105,7 @@ def attention(
     return out_btnk[:, :t]
 
 
-def _block_for(t: int) -> int:
+def block_for(t: int) -> int:
     """128 up to 1,024 tokens (written out), larger blocks in the loop above that."""
     if t <= 128 * UNROLL:
         return min(128, max(t, 1))

@@ -30,6 +30,8 @@ import numpy as np
 from qwen_jax import config, mesh
 from qwen_jax.models import attention, decoder, moe
 from qwen_jax.models import spec as spec_lib
+from qwen_jax.plan import chips
+from qwen_jax.plan import chunks as costs
 from qwen_jax.train import losses
 from qwen_jax.train.chunkflow import chunks as chunks_lib
 from qwen_jax.train.chunkflow import group, layers
@@ -115,6 +117,7 @@ def run(
     attention.check_backend(spec, mesh.platform(), packed=True)
     longest = max((len(one) for one in documents), default=0)
     layers.check(spec, t, longest)
+    _check_memory(spec, settings, longest, rules)
     dealt = chunks_lib.deal(pieces, t, mesh.axis_size(rules.batch))
     tokens = sum(len(one) for one in documents)
     targets = tokens - len(documents)
@@ -128,6 +131,31 @@ def run(
     programs = jitted(spec, settings, rules)
     sums = summed(params, packed, groups, targets, tokens, programs)
     return sums, targets
+
+
+def _check_memory(spec, settings, longest, rules):
+    """Refuse a document whose keys and values alone are more than a device has."""
+    sizes = dict(jax.sharding.get_mesh().shape) if mesh.active() else {}
+    held = costs.estimate(
+        spec,
+        rules,
+        dict.fromkeys(mesh.AXES, 1) | sizes,
+        optimizer="adamw",
+        remat=settings.remat,
+        chunk_tokens=settings.chunk_tokens,
+        live_chunks=settings.live_chunks,
+        chunks=chunks_lib.rounded(-(-longest // settings.chunk_tokens)),
+        kv_grad_bytes=jnp.dtype(settings.kv_grad_dtype or "float32").itemsize,
+    )
+    needed, there = held.keys + held.key_grads, chips.memory_bytes(jax.devices()[0])
+    if needed > there:
+        gib = 1 << 30
+        raise config.InputError(
+            f"a document of {longest} tokens needs {needed / gib:.1f} GiB of a device "
+            "for its keys, values and their cotangents, linear states included, and "
+            f"{there / gib:.1f} GiB are there; split heads over more devices (mesh "
+            'axis tensor), take kv_grad_dtype="bfloat16", or cut the document'
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,6 +106,30 @@ class Compiled:
         counts = {name: getattr(work, name) for name in ("bytes", "padding", "length")}
         return state, metrics | counts | {"places": work.tokens + work.padding}
 
+    def largest(self) -> Any:
+        """The program of gradients that works in most bytes."""
+        own = {k: x for k, x in self.each.items() if k != "update"}
+        return max(own.values(), key=lambda x: memory_of(x.memory_analysis()))
+
+    def needed(self) -> int:
+        """Bytes that a device needs for the step, by the compiler: those of the largest
+        program, and of what it is not given and stays: the optimizer's."""
+        update = self.each["update"].memory_analysis()
+        beside = update.argument_size_in_bytes
+        whole = [memory_of(update)]
+        for name, program in self.each.items():
+            if name != "update":
+                found = program.memory_analysis()
+                own = memory_of(found) - found.argument_size_in_bytes
+                whole.append(own + max(beside, found.argument_size_in_bytes))
+        return max(whole)
+
+
+def memory_of(found: Any) -> int:
+    """Bytes that a program is given, makes and works in."""
+    made = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + made + found.temp_size_in_bytes
+
 
 def compiled(
     spec: spec_lib.Spec,

@@ -288,6 +288,15 @@ def test_bad_input_is_refused_before_anything_runs():
         with pytest.raises(config.InputError, match=words):
             chunkflow.value_and_grad(spec, params, documents, **settings)
 
+    long, dear = (
+        np.zeros(1 << 22, int),
+        dataclasses.replace(
+            DENSE, num_kv_heads=2, num_heads=2, head_width=8192, num_layers=64
+        ),
+    )
+    refused(
+        "a document of 4194304 tokens needs .* GiB", [long], dear, chunk_tokens=4096
+    )
     refused("chunk_tokens=0: wanted at least 1", [[1, 2]], chunk_tokens=0)
     refused("live_chunks=0: wanted at least 1", [[1, 2]], live_chunks=0)
     refused(r"documents\[1\] has 0 tokens: .*leave it out", [[1, 2], []])
