@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step whose rows are split over devices is the step of one device."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax import mesh, models
+from qwen_jax import params as params_lib
+from qwen_jax.models import decoder
+from qwen_jax.models import spec as spec_lib
+from qwen_jax.train import step
+
+pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+ROWS, TOKENS, WORDS = 4, 24, 40
+DENSE = spec_lib.Spec(
+    vocab_size=WORDS,
+    width=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=8,
+    ffn_width=24,
+    max_positions=512,
+    init_std=0.3,
+    compute_dtype="float64",
+    param_dtype="float64",
+)
+MOE = spec_lib.MoE(
+    num_experts=4,
+    experts_per_token=2,
+    ffn_width=12,
+    shared_width=8,
+    balance_coef=0.1,
+    z_coef=0.01,
+)
+DELTA = spec_lib.Delta(
+    key_heads=2, value_heads=4, key_width=8, value_width=8, conv_taps=4
+)
+SPECS = {
+    "dense": DENSE,
+    "window": dataclasses.replace(DENSE, num_layers=3, window=5, full_layers=1),
+    "moe": dataclasses.replace(DENSE, moe=MOE, dense_layers=(0,)),
+    "delta": dataclasses.replace(
+        DENSE, num_layers=1, mixers=("delta",), delta=DELTA, tie_embedding=False
+    ),
+    "hybrid": dataclasses.replace(
+        DENSE, num_layers=4, mixers=("delta", "delta", "attention"), delta=DELTA
+    ),
+    "gate": dataclasses.replace(
+        DENSE, output_gate=True, norm_offset=True, qk_norm=False, qkv_bias=True
+    ),
+}
+
+
+def batch():
+    """[1, rows, t] of documents of many lengths, padding behind and one row whole."""
+    draw = np.random.default_rng(0)
+    lengths = [(9, 1, 6, 7), (24,), (2, 2, 17), (13, 4)]
+    shape = (1, ROWS, TOKENS)
+    rows = {"tokens_bt": draw.integers(0, WORDS, shape).astype(np.int32)}
+    rows["targets_bt"] = draw.integers(0, WORDS, shape).astype(np.int32)
+    rows["segments_bt"] = np.zeros(shape, np.int32)
+    rows["positions_bt"] = np.zeros(shape, np.int32)
+    for i, row in enumerate(lengths):
+        at = 0
+        for j, n in enumerate(row):
+            rows["segments_bt"][0, i, at : at + n] = j + 1
+            rows["positions_bt"][0, i, at : at + n] = np.arange(n)
+            at += n
+    counted = (rows["segments_bt"] > 0) & (draw.random(shape) < 0.8)
+    return rows | {"mask_bt": counted.astype(np.float32)}
+
+
+def run(spec, rules, config, params, rows):
+    fn = functools.partial(step.gradients, spec=spec, rules=rules, config=config)
+    return jax.jit(fn)(params, rows)
+
+
+@functools.cache
+def alone(name, config):
+    spec = SPECS[name]
+    params = models.init(spec, 1)
+    rows = jax.tree.map(jnp.asarray, batch())
+    return params, *run(spec, mesh.Rules(), config, params, rows)
+
+
+def on_mesh(name, sizes, config, rules=None, micro=1):
+    """(gradients, sums) with the tokens laid out over `context`."""
+    rules, spec = rules or mesh.Rules(), SPECS[name]
+    params, *_ = alone(name, config)
+    count = np.prod(dataclasses.astuple(sizes))
+    devices = mesh.make(sizes, jax.devices()[:count])
+    layout = params_lib.shardings(decoder.decoder_params(spec), devices, rules)
+    order = mesh.zigzag(TOKENS, sizes.context)
+    with jax.set_mesh(devices):
+        lies = jax.NamedSharding(devices, jax.P(None, *rules.pspec("batch", "tokens")))
+        rows = {
+            k: jax.device_put(x.reshape(micro, -1, TOKENS)[..., order], lies)
+            for k, x in batch().items()
+        }
+        laid = jax.tree.map(jax.device_put, params, layout)
+        grads, parts = run(spec, rules, config, laid, rows)
+    same = jax.tree.map(lambda x, y: x.sharding == y.sharding, grads, laid)
+    assert all(jax.tree.leaves(same))
+    return grads, parts
+
+
+CONFIG = step.StepConfig(z_loss=0.03)
+
+
+def check(name, sizes, rules=None, config=CONFIG, micro=1):
+    with jax.enable_x64(True):
+        _, wanted, sums = alone(name, config)
+        grads, parts = on_mesh(name, sizes, config, rules, micro)
+        assert_same(parts, sums)
+        assert_same(grads, wanted)
+
+
+def assert_same(got, want, tolerance=1e-10):
+    for path, leaf in jax.tree.leaves_with_path(want):
+        here = got
+        for key in path:
+            here = here[key.key]
+        here, leaf = np.asarray(here), np.asarray(leaf)
+        scale, off = np.max(np.abs(leaf)), np.max(np.abs(here - leaf))
+        assert off <= tolerance * scale, (jax.tree_util.keystr(path), off, scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("dense", mesh.MeshConfig(data=1, context=2)),
+        ("dense", mesh.MeshConfig(data=1, fsdp=2, tensor=2, context=2)),
+        ("window", mesh.MeshConfig(data=1, context=4)),
+        ("moe", mesh.MeshConfig(data=1, expert=2, context=2)),
+        ("delta", mesh.MeshConfig(data=1, context=2)),
+    ],
+)
+def test_gradients_are_those_of_one_device(name, sizes):
+    check(name, sizes)
