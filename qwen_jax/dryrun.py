@@ -141,7 +141,7 @@ def measure(
     device = setup.device_mesh.devices.flat[0]
     batch, derivation = setup.batch, setup.derivation
     sizes = dict(setup.device_mesh.shape)
-    ways = math.prod(sizes[a] for a in mesh.names(exp.rules.batch))
+    ways = _ways(exp.rules, sizes)
     derived = memory.estimate(
         exp.model,
         exp.rules,
@@ -209,6 +209,12 @@ def measure(
     )
 
 
+def _ways(rules: mesh.Rules, sizes: dict[str, int]) -> int:
+    """Devices that the tokens of a batch are dealt to, rows and parts of rows."""
+    axes = mesh.names(rules.batch) + mesh.names(rules.tokens)
+    return math.prod(sizes[a] for a in axes)
+
+
 def _compile(setup: prepare.Setup) -> tuple[Any, int]:
     """(compiled step, 0), or (None, bytes it asked for) when a device is too small."""
     try:
@@ -257,6 +263,7 @@ def fix(
     """The smallest change that fits by the estimate, scaled by what it missed here."""
     sizes, batch = dict(setup.device_mesh.shape), setup.batch
     ways = math.prod(sizes[a] for a in mesh.names(exp.rules.batch))
+    context = math.prod(sizes[a] for a in mesh.names(exp.rules.tokens))
 
     def fits(remat: str, rows: int, **more: int) -> bool:
         at = sizes | more
@@ -267,7 +274,7 @@ def fix(
             at,
             optimizer=exp.optim.name,
             remat=remat,
-            tokens=max(rows // spread, 1) * exp.data.seq_tokens,
+            tokens=max(rows // spread, 1) * exp.data.seq_tokens // context,
             micro_steps=2 if rows < batch.rows else 1,
         )
         return guess.total * ratio <= FULL * device_bytes
