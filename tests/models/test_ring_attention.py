@@ -111,6 +111,7 @@ def test_every_pair_of_settings(ways, way, window, segmented):
     check(ways, way, window, segmented, "float32", 1e-5)
 
 
+@pytest.mark.slow
 def test_float32_of_one_segment():
     check(4, "ring", 0, False, "float32", 1e-5)
 

@@ -11,8 +11,9 @@ import pytest
 
 from qwen_jax import mesh, models
 from qwen_jax import params as params_lib
-from qwen_jax.models import decoder
+from qwen_jax.models import decoder, delta
 from qwen_jax.models import spec as spec_lib
+from qwen_jax.plan import collectives
 from qwen_jax.train import step
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
@@ -44,7 +45,8 @@ DELTA = spec_lib.Delta(
 SPECS = {
     "dense": DENSE,
     "window": dataclasses.replace(DENSE, num_layers=3, window=5, full_layers=1),
-    "moe": dataclasses.replace(DENSE, moe=MOE, dense_layers=(0,)),
+    "moe": dataclasses.replace(DENSE, num_layers=1, moe=MOE),
+    "moe and mlp": dataclasses.replace(DENSE, moe=MOE, dense_layers=(0,)),
     "delta": dataclasses.replace(
         DENSE, num_layers=1, mixers=("delta",), delta=DELTA, tie_embedding=False
     ),
@@ -89,7 +91,7 @@ def alone(name, config):
     return params, *run(spec, mesh.Rules(), config, params, rows)
 
 
-def on_mesh(name, sizes, config, rules=None, micro=1):
+def on_mesh(name, sizes, config, rules=None, micro=1, run=run):
     """(gradients, sums) with the tokens laid out over `context`."""
     rules, spec = rules or mesh.Rules(), SPECS[name]
     params, *_ = alone(name, config)
@@ -105,6 +107,8 @@ def on_mesh(name, sizes, config, rules=None, micro=1):
         }
         laid = jax.tree.map(jax.device_put, params, layout)
         grads, parts = run(spec, rules, config, laid, rows)
+    if parts is None:
+        return grads, parts
     same = jax.tree.map(lambda x, y: x.sharding == y.sharding, grads, laid)
     assert all(jax.tree.leaves(same))
     return grads, parts
@@ -134,12 +138,131 @@ def assert_same(got, want, tolerance=1e-10):
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("dense", mesh.MeshConfig(data=1, context=2)),
         ("dense", mesh.MeshConfig(data=1, fsdp=2, tensor=2, context=2)),
-        ("window", mesh.MeshConfig(data=1, context=4)),
         ("moe", mesh.MeshConfig(data=1, expert=2, context=2)),
-        ("delta", mesh.MeshConfig(data=1, context=2)),
+        ("delta", mesh.MeshConfig(data=1, context=4)),
     ],
 )
 def test_gradients_are_those_of_one_device(name, sizes):
     check(name, sizes)
+
+
+MESHES = {
+    "context 2": mesh.MeshConfig(data=1, context=2),
+    "context 4": mesh.MeshConfig(data=1, context=4),
+    "data 2, context 4": mesh.MeshConfig(data=2, context=4),
+    "fsdp 2, context 2": mesh.MeshConfig(data=1, fsdp=2, context=2),
+    "tensor 2, context 2": mesh.MeshConfig(data=1, tensor=2, context=2),
+    "expert 2, tensor 2, context 2": mesh.MeshConfig(
+        data=1, expert=2, tensor=2, context=2
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("name", SPECS)
+def test_every_model_on_every_mesh(name, sizes):
+    check(name, MESHES[sizes])
+
+
+GATHER = mesh.Rules(context_attention="gather")
+BOTH = mesh.Rules(embed=("fsdp", "context"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "window", "hybrid"])
+def test_keys_that_are_gathered(name):
+    check(name, MESHES["tensor 2, context 2"], GATHER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "moe and mlp"])
+def test_weights_may_be_split_over_context_too(name):
+    check(name, MESHES["fsdp 2, context 2"], BOTH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "moe and mlp", "hybrid"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(CONFIG, document_mask=False),
+        dataclasses.replace(CONFIG, loop="unroll", remat="dots"),
+        dataclasses.replace(CONFIG, remat="full"),
+    ],
+)
+def test_settings_of_a_step(name, config):
+    check(name, MESHES["context 4"], config=config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "moe and mlp"])
+def test_micro_batches(name):
+    """The balance loss sees the counts of those before: beside one device's."""
+    with jax.enable_x64(True):
+        one = mesh.MeshConfig(data=1)
+        wanted, sums = on_mesh(name, one, CONFIG, micro=2)
+        grads, parts = on_mesh(name, MESHES["context 4"], CONFIG, micro=2)
+        assert_same(parts, sums)
+        assert_same(grads, wanted)
+
+
+@pytest.mark.parametrize("way", mesh.CONTEXT_WAYS)
+def test_what_a_step_sends(way):
+    """Keys go round and nothing is gathered, or the other way; sums of gradients."""
+
+    def compiled(spec, rules, config, params, rows):
+        fn = functools.partial(step.gradients, spec=spec, rules=rules, config=config)
+        text = jax.jit(fn).lower(params, rows).compile().as_text()
+        return collectives.traffic(text, 4)[0], None
+
+    with jax.enable_x64(True):
+        rules = mesh.Rules(context_attention=way)
+        sizes = mesh.MeshConfig(data=1, context=4)
+        found, _ = on_mesh("dense", sizes, CONFIG, rules, run=compiled)
+    found = {one.kind: one for one in found}
+    each = ROWS * TOKENS // 4
+    keys, layers = 2 * 2 * 8 * 8 * each, DENSE.num_layers  # and values, in bytes
+    sums = found.pop("all-reduce")
+    assert sums.largest_bytes <= 2 * 3 / 4 * 8 * layers * 3 * 16 * 24
+    if way == "ring":
+        # Three steps in each pass, and gradients once more, to come home.
+        want, ids = layers * keys * (3 + 3 + 4), layers * 4 * each * (3 + 3)
+        assert found.keys() == {"collective-permute"}
+        assert want < found["collective-permute"].bytes <= want + ids
+    else:
+        want, ids = layers * 3 * keys, layers * 3 * 4 * each
+        assert found.keys() == {"all-gather", "reduce-scatter"}
+        assert 2 * want < found["all-gather"].bytes <= 2 * (want + ids)
+        assert found["reduce-scatter"].bytes == want
+
+
+def test_padding_may_stand_anywhere_for_linear_layers():
+    """Tails and states pass over pieces that are all padding, or hold one token."""
+    with jax.enable_x64(True):
+        spec, rules, ways = SPECS["delta"], mesh.Rules(), 4
+        draw = np.random.default_rng(1)
+        params = models.init(spec, 1)
+        x_btd = draw.normal(size=(3, TOKENS, spec.width))
+        segments_bt = np.zeros((3, TOKENS), np.int32)
+        segments_bt[0, [0, 1, 13, 22]] = 1
+        segments_bt[1, 2:20] = np.where(draw.random(18) < 0.5, 2, 0)
+        segments_bt[2, :5], segments_bt[2, 17:] = 1, 2
+
+        def mix(params, x_btd, segments_bt):
+            p = jax.tree.map(lambda x: x[0], params["layers"]["delta"])
+            return delta.mix(p, x_btd, segments_bt, spec=spec, rules=rules)[0]
+
+        want = mix(params, x_btd, jnp.asarray(segments_bt))
+        order = mesh.zigzag(TOKENS, ways)
+        sizes = mesh.MeshConfig(data=1, context=ways)
+        devices = mesh.make(sizes, jax.devices()[:ways])
+        layout = params_lib.shardings(decoder.decoder_params(spec), devices, rules)
+        with jax.set_mesh(devices):
+            rows = jax.NamedSharding(devices, rules.pspec("batch", "tokens"))
+            laid = [jax.device_put(x[:, order], rows) for x in (x_btd, segments_bt)]
+            got = jax.jit(mix)(jax.device_put(params, layout), *laid)
+        got = np.asarray(got)[:, np.argsort(order)]
+        assert np.abs(np.asarray(want)[segments_bt > 0]).max() > 0.1
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
