@@ -88,6 +88,24 @@ def test_a_resumed_run_equals_an_unbroken_one(here, finished, copied):
     assert runs.files(copied) == runs.files(finished)
 
 
+@pytest.mark.slow
+def test_rows_that_are_split_over_devices(here, finished, tmp_path):
+    """Training, held-out rows, samples and checkpoints, and on without the split."""
+    split, short = tmp_path / "run", "--config.train.num_steps=6"
+    code, out, err = here.run(split, "--config.mesh.context=2", short)
+    assert code == 0, err
+    assert "data 1, fsdp 2, tensor 2, expert 1, context 2" in out
+    assert here.run(split)[0] == 0  # 7 to 9 on the mesh of the other run
+    np.testing.assert_allclose(runs.losses(split), runs.losses(finished), rtol=1e-5)
+    for one, other in zip(
+        runs.evaluations(split), runs.evaluations(finished), strict=True
+    ):
+        assert one["step"] == other["step"]
+        np.testing.assert_allclose(one["eval_loss"], other["eval_loss"], rtol=1e-5)
+    samples = [(x / "samples.jsonl").read_text() for x in (split, finished)]
+    assert samples[0].splitlines()[-2:] == samples[1].splitlines()[-2:]
+
+
 def test_what_a_kill_cut_off_after_a_save_is_made_up_for(here, finished, copied):
     """Killed between the save of the last step and its evaluation, samples, export."""
     path = copied / "metrics.jsonl"

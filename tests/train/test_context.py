@@ -11,7 +11,7 @@ import pytest
 
 from qwen_jax import mesh, models
 from qwen_jax import params as params_lib
-from qwen_jax.models import decoder, delta
+from qwen_jax.models import decoder, delta, flops
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.plan import collectives
 from qwen_jax.train import step
@@ -224,8 +224,9 @@ def test_what_a_step_sends(way):
     found = {one.kind: one for one in found}
     each = ROWS * TOKENS // 4
     keys, layers = 2 * 2 * 8 * 8 * each, DENSE.num_layers  # and values, in bytes
-    sums = found.pop("all-reduce")
-    assert sums.largest_bytes <= 2 * 3 / 4 * 8 * layers * 3 * 16 * 24
+    # Each gradient once, that of the tied table for both its uses, and a few sums.
+    sums = flops.num_params(DENSE) + WORDS * DENSE.width
+    assert 0 <= found.pop("all-reduce").bytes - 2 * 3 / 4 * 8 * sums < 100
     if way == "ring":
         # Three steps in each pass, and gradients once more, to come home.
         want, ids = layers * keys * (3 + 3 + 4), layers * 4 * each * (3 + 3)
