@@ -154,18 +154,13 @@ def _check_context(exp: experiment.Experiment, ways: int) -> None:
             "devices would all do the same; set --config.rules.tokens=context or "
             "--config.mesh.context=1"
         )
-    context.check(spec, exp.data.seq_tokens, ways)
+    depths = spec.mtp_layers if train.mtp_coef else 0
+    context.check(spec, exp.data.seq_tokens, ways, depths=depths)
     if train.chunk_tokens:
         raise config.InputError(
             f"train.chunk_tokens={train.chunk_tokens} and mesh.context={ways}: rows go "
             "over the devices in chunks, one after another, or split, all at once; set "
             "--config.train.chunk_tokens=0 or --config.mesh.context=1"
-        )
-    if spec.mtp_layers and train.mtp_coef:
-        raise config.InputError(
-            f"mesh.context={ways} splits rows, and the {spec.mtp_layers} layers for "
-            "further tokens look at the next token, which may be elsewhere; set "
-            "--config.train.mtp_coef=0 to leave them untrained"
         )
 
 

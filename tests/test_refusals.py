@@ -101,6 +101,10 @@ def refused(monkeypatch, capsys, workdir):
             ["train.chunk_tokens=8 and mesh.context=2", "--config.mesh.context=1"],
         ),
         (
+            ["mesh.context=2", "model.mtp_layers=1", "train.mtp_coef=0.3"],
+            ["the 1 layers for further tokens", "--config.train.mtp_coef=0"],
+        ),
+        (
             ["mesh.context=2", "rules.tokens=None"],
             ["mesh.context=2 and rules.tokens=None", "--config.rules.tokens=context"],
         ),

@@ -23,8 +23,19 @@ from qwen_jax.models import spec as spec_lib
 from qwen_jax.models.kernels import ring_attention
 
 
-def check(spec: spec_lib.Spec, seq_tokens: int, ways: int) -> None:
-    """Refuse what does not go with the tokens of a row on `ways` devices."""
+def check(
+    spec: spec_lib.Spec,
+    seq_tokens: int,
+    ways: int,
+    *,
+    see: bool = False,
+    depths: int = 0,
+) -> None:
+    """Refuse what does not go with the tokens of a row on `ways` devices.
+
+    `see`: there are images or videos; `depths`: layers of the MTP head that are
+    trained.
+    """
     if ways == 1:
         return
     if seq_tokens % (2 * ways):
@@ -56,6 +67,18 @@ def check(spec: spec_lib.Spec, seq_tokens: int, ways: int) -> None:
         raise config.InputError(
             f"mesh.context={ways} splits rows, and embeddings of n-grams (model.ngram) "
             f"take whole ones{whole}"
+        )
+
+    if see:
+        raise config.InputError(
+            f"mesh.context={ways} splits rows, and features of images and videos go to "
+            f"whole ones{whole}"
+        )
+    if depths:
+        raise config.InputError(
+            f"mesh.context={ways} splits rows, and the {depths} layers for further "
+            "tokens (model.mtp_layers) look at the next token, which may be elsewhere; "
+            "set --config.train.mtp_coef=0 to leave them untrained"
         )
 
 

@@ -235,7 +235,8 @@ def hidden(
     rules = rules or mesh.Rules()
     b, t = tokens_bt.shape
     if rules.split:
-        context.check(spec, t, mesh.axis_size(rules.split))
+        see = images is not None or videos is not None
+        context.check(spec, t, mesh.axis_size(rules.split), see=see)
     see = {"images": images, "videos": videos, "rules": rules}
     x, deep_lbtd = embed_tokens(
         spec, params, tokens_bt, segments, saved=saved_names(remat), **see

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen_jax import config as config_lib
 from qwen_jax import mesh, models
 from qwen_jax import params as params_lib
-from qwen_jax.models import decoder, delta, flops
+from qwen_jax.models import context, decoder, delta, flops
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.plan import collectives
 from qwen_jax.train import step
@@ -53,9 +54,18 @@ SPECS = {
     "hybrid": dataclasses.replace(
         DENSE, num_layers=4, mixers=("delta", "delta", "attention"), delta=DELTA
     ),
+    "streams": dataclasses.replace(DENSE, streams=spec_lib.Streams(2, 4)),
     "gate": dataclasses.replace(
         DENSE, output_gate=True, norm_offset=True, qk_norm=False, qkv_bias=True
     ),
+}
+
+
+NGRAM = {
+    "mixers": ("attention", "delta"),
+    "delta": DELTA,
+    "streams": spec_lib.Streams(2, 4),
+    "ngram": spec_lib.Ngram(layers=(1,), size=2, heads=1, width=4, base=50, multiple=1),
 }
 
 
@@ -237,6 +247,27 @@ def test_what_a_step_sends(way):
         assert found.keys() == {"all-gather", "reduce-scatter"}
         assert 2 * want < found["all-gather"].bytes <= 2 * (want + ids)
         assert found["reduce-scatter"].bytes == want
+
+
+def test_what_takes_whole_rows_is_refused_with_the_fix():
+    def refused(words, tokens=TOKENS, see=False, depths=0, **changes):
+        spec = dataclasses.replace(DENSE, **changes)
+        with pytest.raises(config_lib.InputError, match=words):
+            context.check(spec, tokens, 2, see=see, depths=depths)
+        context.check(spec, tokens, 1, see=see, depths=depths)
+
+    refused("=26 over mesh.context=2 .* multiple of 4.*seq_tokens=24", 26)
+    refused("pieces of 1031 .* multiple of 256 x mesh.context", 4 * 1031)
+    refused("'cudnn' takes whole rows.*attention=blockwise", attention="cudnn")
+    refused("'splash' takes whole rows.*attention=blockwise", attention="splash")
+    far = spec_lib.DualChunk(8, 4, 8)
+    refused("dual_chunk.*mesh.context=1", dual_chunk=far)
+    chosen = spec_lib.Indexed(heads=1, width=8, budget=8, ratio=4)
+    refused("indexed.*--config.mesh.context=1", indexed=chosen)
+    refused("ngram.*--config.mesh.context=1", **NGRAM)
+    refused("images and videos.*--config.mesh.context=1", see=True)
+    refused("the 3 layers for further tokens.*train.mtp_coef=0", depths=3)
+    context.check(DENSE, TOKENS, 2)
 
 
 def test_padding_may_stand_anywhere_for_linear_layers():
