@@ -143,8 +143,7 @@ def measure(
     device = setup.device_mesh.devices.flat[0]
     batch, derivation = setup.batch, setup.derivation
     sizes = dict(setup.device_mesh.shape)
-    ways = math.prod(sizes[a] for a in mesh.names(exp.rules.batch))
-    derived = _derived(setup, ways)
+    derived = _derived(setup, _ways(exp.rules, sizes))
     state = prepare.abstract_inputs(setup)[0]
     start_s = time.monotonic()
     program, ran_out = _compile(setup)
@@ -223,6 +222,12 @@ def _derived(setup: prepare.Setup, ways: int) -> Any:
     )
 
 
+def _ways(rules: mesh.Rules, sizes: dict[str, int]) -> int:
+    """Devices that the tokens of a batch are dealt to, rows and parts of rows."""
+    axes = mesh.names(rules.batch) + mesh.names(rules.tokens)
+    return math.prod(sizes[a] for a in axes)
+
+
 def _compile(setup: prepare.Setup) -> tuple[Any, int]:
     """(compiled step, 0), or (None, bytes it asked for) when a device is too small."""
     try:
@@ -278,6 +283,7 @@ def fix(
         return "`qwen-jax plan chunk` finds chunks that fit, if any do"
     sizes, batch = dict(setup.device_mesh.shape), setup.batch
     ways = math.prod(sizes[a] for a in mesh.names(exp.rules.batch))
+    context = math.prod(sizes[a] for a in mesh.names(exp.rules.tokens))
 
     def fits(remat: str, rows: int, **more: int) -> bool:
         at = sizes | more
@@ -288,7 +294,7 @@ def fix(
             at,
             optimizer=exp.optim.name,
             remat=remat,
-            tokens=max(rows // spread, 1) * exp.data.seq_tokens,
+            tokens=max(rows // spread, 1) * exp.data.seq_tokens // context,
             micro_steps=2 if rows < batch.rows else 1,
         )
         return guess.total * ratio <= FULL * device_bytes

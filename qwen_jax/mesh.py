@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device mesh, the rules that lay dims on it, and the ops that change a layout.
 
-The mesh has four Explicit axes, always all of them (size 1 costs nothing):
+The mesh has five Explicit axes, always all of them (size 1 costs nothing):
 `data` (replicas), `fsdp` (replicas that split the weights' `embed` dim and gather it
-where it is used), `tensor` (heads, ffn and vocabulary) and `expert` (replicas, too,
-that split the experts and exchange tokens). `Rules` maps a dim's name to
-axes; a planner's result is another `Rules`.
+where it is used), `tensor` (heads, ffn and vocabulary), `expert` (replicas, too,
+that split the experts and exchange tokens) and `context` (splits the tokens of a row,
+in training). `Rules` maps a dim's name to axes; a planner's result is another `Rules`.
+
+Tokens lie in the order of `zigzag` where they are split, and attention and the linear
+layers alone look beyond a device's own; what decodes keeps rows whole (`Rules.whole`).
 
 Under Explicit axes a sharding is part of an array's type, so every change of layout is
 written in the code. All of them go through this file (`einsum`, `gather`, `reshard`,
@@ -29,6 +32,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -36,7 +40,8 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import config
 
-AXES = ("data", "fsdp", "tensor", "expert")
+AXES = ("data", "fsdp", "tensor", "expert", "context")
+CONTEXT_WAYS = ("ring", "gather")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +52,11 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
+    context: int = 1
 
-    def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
-        """(data, fsdp, tensor, expert) for `num_devices`, with -1 filled in."""
-        sizes = [self.data, self.fsdp, self.tensor, self.expert]
+    def sizes(self, num_devices: int) -> tuple[int, ...]:
+        """Devices along each of `AXES` for `num_devices`, with -1 filled in."""
+        sizes = [getattr(self, axis) for axis in AXES]
         if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
             raise config.InputError(
                 f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and "
@@ -82,10 +88,15 @@ def make(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"devices, {len(devices)} are here; set one of --config.mesh.data, .fsdp, "
             ".tensor to -1 to take the rest"
         )
+    # Nearest neighbours are for `tensor` and `expert`, which wait for what they send:
+    # keys that go round travel while a device computes.
+    data, fsdp, tensor, expert, context = sizes
+    near = data, fsdp, context, tensor, expert
     try:
-        array = _arranged(sizes, devices)
+        array = _arranged(near, devices)
     except NotImplementedError:  # no axes of the TPU's torus multiply to these sizes
-        array = _arranged(sizes, devices, allow_split_physical_axes=True)
+        array = _arranged(near, devices, allow_split_physical_axes=True)
+    array = array.transpose(0, 1, 3, 4, 2)
     return Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
@@ -99,9 +110,9 @@ def _arranged(sizes: tuple[int, ...], devices: list[Any], **split: bool) -> Any:
         return mesh_utils.create_device_mesh(sizes, devices, **split)
     if sizes[0] % slices:
         raise config.InputError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))}: data must be a multiple of "
+            f"mesh.data={sizes[0]}: data must be a multiple of "
             f"the {slices} TPU slices, between which the network is slow; set "
-            "--config.mesh.data=-1 and let fsdp x tensor x expert divide the "
+            "--config.mesh.data=-1 and let the other axes divide the "
             f"{len(devices) // slices} devices of one slice"
         )
     inner, outer = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
@@ -120,7 +131,10 @@ def names(axes: Axes) -> tuple[str, ...]:
 class Rules:
     """Which mesh axes each dim lies on; None keeps the dim whole.
 
-    `embed` concerns weights only: activations keep their width whole.
+    `embed` concerns weights only: activations keep their width whole. `tokens` concerns
+    activations only, and lies whole where its axes have one device, so that a mesh
+    without context parallelism says nothing of it. `context_attention` tells how keys
+    reach queries on other devices: see kernels/ring_attention.py.
     """
 
     batch: Axes = ("data", "fsdp", "expert")
@@ -131,17 +145,40 @@ class Rules:
     vocab: Axes = "tensor"
     layers: Axes = None
     experts: Axes = "expert"
+    tokens: Axes = "context"
+    context_attention: str = "ring"
 
     def __post_init__(self):
+        way = self.context_attention
+        if way not in CONTEXT_WAYS:
+            hint = config.nearest(way, CONTEXT_WAYS)
+            raise ValueError(f"context_attention={way!r}{hint}")
         for field in dataclasses.fields(self):
+            if field.name == "context_attention":
+                continue
             for axis in names(getattr(self, field.name)):
                 if axis not in AXES:
                     hint = config.nearest(axis, AXES)
                     raise ValueError(f"{field.name}={axis!r}{hint}")
 
+    @property
+    def whole(self) -> "Rules":
+        """These rules with a row's tokens on one device."""
+        return dataclasses.replace(self, tokens=None)
+
+    @property
+    def split(self) -> tuple[str, ...]:
+        """The axes that a row's tokens are split over on the mesh that is set."""
+        return names(self.tokens) if axis_size(self.tokens) > 1 else ()
+
+    @property
+    def spread(self) -> tuple[str, ...]:
+        """The axes over which tokens differ: gradients of weights are summed over."""
+        return names(self.batch) + self.split
+
     def pspec(self, *dims: str | None) -> P:
         """("batch", None, "ffn") -> P(("data", "fsdp", "expert"), None, "tensor")."""
-        axes = [None if dim is None else getattr(self, dim) for dim in dims]
+        axes = [None if dim is None else self._axes(dim) for dim in dims]
         flat = [a for ax in axes if ax for a in ((ax,) if isinstance(ax, str) else ax)]
         if len(set(flat)) != len(flat):
             raise config.InputError(
@@ -149,6 +186,11 @@ class Rules:
                 "--config.rules.*"
             )
         return P(*axes)
+
+    def _axes(self, dim: str) -> Axes:
+        if dim == "tokens" and not self.split:
+            return None
+        return getattr(self, dim)
 
     def gathered(self, *dims: str | None) -> P:
         """The spec of a weight where it is used: `embed` whole, the rest as it lies."""
@@ -193,18 +235,19 @@ def gather(
     it lies.
 
     Its gradient is scattered back over the axes of `embed`, one after another, then
-    summed over the other axes of the batch. Left alone, the partitioner sums the whole
-    gradient on every device and slices it: twice the traffic. One axis at a time, since
-    TPUs scatter along a ring of chips but sum when the axis is a whole 2-D slice.
+    summed over the other axes of the batch and of tokens. Left alone, the partitioner
+    sums the whole gradient on every device and slices it: twice the traffic. One axis
+    at a time, since TPUs scatter along a ring of chips but sum when the axis is a whole
+    2-D slice.
 
     What crosses the axes is each device's part of the gradient, which its product has
     rounded to `dtype`. With "compute" the parts are summed in `dtype`, and only the sum
     takes the dtype of the weight: with bfloat16, half the traffic and a rounding at
     each addition. With "float32" they are widened before they are sent.
     """
-    batch, embed = names(rules.batch), names(rules.embed)
+    spread, embed = rules.spread, names(rules.embed)
     dtype = dtype or w.dtype
-    if axis_size(rules.batch) == 1 or not set(embed) <= set(batch):
+    if axis_size(spread) == 1 or not set(embed) <= set(spread):
         return reshard(w.astype(dtype), rules.gathered(*dims))
     wide = (
         dtype if reduce_dtype == "compute" else jnp.promote_types(dtype, reduce_dtype)
@@ -214,21 +257,21 @@ def gather(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(w, rules, dims, dtypes):
-    spec = P(*rules.gathered(*dims), reduced=set(names(rules.batch)))
+    spec = P(*rules.gathered(*dims), reduced=set(rules.spread))
     return jax.sharding.reshard(w.astype(dtypes[0]), spec)
 
 
 def _gather_bwd(rules, dims, dtypes, _, grad):
-    batch, embed = names(rules.batch), names(rules.embed)
+    spread, embed = rules.spread, names(rules.embed)
 
     def scatter(g):
         for i in (i for i, dim in enumerate(dims) if dim == "embed"):
             for axis in embed:
                 g = jax.lax.psum_scatter(g, axis, scatter_dimension=i, tiled=True)
-        rest = set(batch) - set(embed if "embed" in dims else ())
-        return jax.lax.psum(g, tuple(a for a in batch if a in rest)) if rest else g
+        rest = set(spread) - set(embed if "embed" in dims else ())
+        return jax.lax.psum(g, tuple(a for a in spread if a in rest)) if rest else g
 
-    spec = P(*rules.gathered(*dims), unreduced=set(batch))
+    spec = P(*rules.gathered(*dims), unreduced=set(spread))
     run = jax.shard_map(scatter, in_specs=spec, out_specs=rules.pspec(*dims))
     _, wide, own = dtypes
     return (run(grad.astype(wide)).astype(own),)
@@ -293,11 +336,22 @@ def product(
             y = jax.lax.dot_general(flat, w_oi, (((1,), (1,)), ((), ())))
         return y.reshape(*x.shape[:2], *new)
     width, new = math.prod(w.shape[:inner]), w.shape[inner:]
+    if out[1] is not None:
+        # Rows and tokens that both lie split have no one dim to be merged in.
+        return _unmerged(x, w, width, new, out)
     flat = _merged(x, (rows, width), (0, 2))
     w = _merged(w, (width, math.prod(new)), (0, inner))
     if not active():
         return (flat @ w).reshape(*x.shape[:2], *new)
     y = jnp.einsum("md,df->mf", flat, w, out_sharding=P(out[0], out[2]))
+    return jax.lax.reshape(y, (*x.shape[:2], *new), out_sharding=out)
+
+
+def _unmerged(x, w, width, new, out):
+    """`product` of tokens that are split, over three dims."""
+    x = _merged(x, (*x.shape[:2], width), (0, 1, 2))
+    w = _merged(w, (width, math.prod(new)), (0, w.ndim - len(new)))
+    y = jnp.einsum("btd,df->btf", x, w, out_sharding=P(*out[:3]))
     return jax.lax.reshape(y, (*x.shape[:2], *new), out_sharding=out)
 
 
@@ -347,12 +401,33 @@ def take(table_vd: jax.Array, ids_bt: jax.Array, rules: Rules) -> jax.Array:
     """
     if not active():
         return table_vd[ids_bt]
-    batch, width = names(rules.batch), names(rules.embed)
-    outer = tuple(axis for axis in batch if axis not in width) or None
-    ids_bt = reshard(ids_bt, P(outer, None))
+    width = names(rules.embed)
+    rows, tokens = (
+        tuple(axis for axis in axes if axis not in width) or None
+        for axes in (names(rules.batch), rules.split)
+    )
+    ids_bt = reshard(ids_bt, P(rows, tokens))
     table_vd = reshard(table_vd, P(None, width or None))
-    x_btd = table_vd.at[ids_bt].get(out_sharding=P(outer, None, width or None))
-    return reshard(x_btd, rules.pspec("batch", None, None))
+    x_btd = table_vd.at[ids_bt].get(out_sharding=P(rows, tokens, width or None))
+    return reshard(x_btd, rules.pspec("batch", "tokens", None))
+
+
+def zigzag(t: int, ways: int) -> np.ndarray:
+    """Places of a row's t tokens in the order that splits them over `ways` devices.
+
+    A row is cut in 2 * ways pieces; device i has pieces i and 2 * ways - 1 - i, so that
+    under a causal mask all have the same work. x[:, zigzag(t, ways)] is what is laid on
+    the mesh, and np.argsort of it the way back.
+    """
+    if ways == 1:
+        return np.arange(t)
+    if t % (2 * ways):
+        raise config.InputError(
+            f"rows of {t} tokens over {ways} devices (mesh.context): wanted a multiple "
+            f"of {2 * ways}; the nearest is {max(t // (2 * ways), 1) * 2 * ways}"
+        )
+    pieces = np.arange(t).reshape(2 * ways, -1)
+    return np.stack([pieces[:ways], pieces[: ways - 1 : -1]], axis=1).reshape(-1)
 
 
 def local(fn: Callable, *, inputs: Any, out: Any, checked: bool = True) -> Callable:

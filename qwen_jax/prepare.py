@@ -5,7 +5,8 @@
 written; a dry run and a real one go through it alike. `placer` tells which rows of the
 global batch a process reads and lays them on the mesh.
 
-Shapes: a batch on the mesh is [micro, rows, t] with rows by `batch`.
+Shapes: a batch on the mesh is [micro, rows, t] with rows by `batch` and, under context
+parallelism, tokens by `tokens` in the order of `mesh.zigzag`.
 Raises: config.InputError naming the value, what was wanted and the fix.
 """
 
@@ -22,7 +23,7 @@ import numpy as np
 from qwen_jax import config, experiment, mesh, params
 from qwen_jax.checkpoint import agree
 from qwen_jax.data import packing
-from qwen_jax.models import attention, decoder, flops, hf_config
+from qwen_jax.models import attention, context, decoder, flops, hf_config
 from qwen_jax.optim import build, derive
 from qwen_jax.plan import chips, memory, micro
 from qwen_jax.plan import chunks as chunk_costs
@@ -92,7 +93,12 @@ def set_up(
             "another, so their dim stays whole; set --config.rules.layers=None, and "
             "split weights by rules.embed"
         )
-    off = set(mesh.names(exp.rules.embed)) - set(mesh.names(exp.rules.batch))
+    context_ways = _tokens_ways(device_mesh, exp.rules)
+    if device_mesh.shape["context"] > 1 or context_ways > 1:
+        _check_context(exp, context_ways)
+    spread = mesh.names(exp.rules.batch)
+    spread += mesh.names(exp.rules.tokens) if context_ways > 1 else ()
+    off = set(mesh.names(exp.rules.embed)) - set(spread)
     if spec.reduce_dtype != "compute" and off:
         raise config.InputError(
             f"model.reduce_dtype={spec.reduce_dtype} needs the axes of rules.embed "
@@ -127,6 +133,38 @@ def set_up(
     return exp, Setup(exp, device_mesh, derivation, batch, lines)
 
 
+def _tokens_ways(device_mesh: Any, rules: mesh.Rules) -> int:
+    """Devices that the tokens of a row are split over."""
+    return math.prod(device_mesh.shape[a] for a in mesh.names(rules.tokens))
+
+
+def _check_context(exp: experiment.Experiment, ways: int) -> None:
+    """Refuse what is trained on whole rows only, where rows are split."""
+    train, spec, rules = exp.train, exp.model, exp.rules
+    tokens = set(mesh.names(rules.tokens))
+    for dim in ("batch", "heads", "kv_heads", "ffn", "vocab", "experts"):
+        both = tokens & set(mesh.names(getattr(rules, dim)))
+        if both:
+            raise config.InputError(
+                f"rules.tokens={rules.tokens!r} and rules.{dim} both lie on "
+                f"{', '.join(sorted(both))}; set --config.rules.tokens=context"
+            )
+    if exp.mesh.context > 1 and "context" not in tokens:
+        raise config.InputError(
+            f"mesh.context={exp.mesh.context} and rules.tokens={rules.tokens!r}: those "
+            "devices would all do the same; set --config.rules.tokens=context or "
+            "--config.mesh.context=1"
+        )
+    depths = spec.mtp_layers if train.mtp_coef else 0
+    context.check(spec, exp.data.seq_tokens, ways, depths=depths)
+    if train.chunk_tokens:
+        raise config.InputError(
+            f"train.chunk_tokens={train.chunk_tokens} and mesh.context={ways}: rows go "
+            "over the devices in chunks, one after another, or split, all at once; set "
+            "--config.train.chunk_tokens=0 or --config.mesh.context=1"
+        )
+
+
 def _batch(exp: experiment.Experiment, device_mesh: Any, ways: int, tokens: int):
     """The micro-batch of whole rows; of chunks, a row of each device at a time."""
     first, train = device_mesh.devices.flat[0], exp.train
@@ -138,6 +176,7 @@ def _batch(exp: experiment.Experiment, device_mesh: Any, ways: int, tokens: int)
         optimizer=exp.optim.name,
         remat=train.remat,
     )
+    context_ways = _tokens_ways(device_mesh, exp.rules)
     one, several = held(tokens=1, micro_steps=1), held(tokens=1, micro_steps=2)
     batch = micro.derive(
         batch_tokens=tokens,
@@ -145,7 +184,7 @@ def _batch(exp: experiment.Experiment, device_mesh: Any, ways: int, tokens: int)
         batch_ways=ways,
         fixed_bytes=one.fixed,
         sum_bytes=several.fixed - one.fixed,
-        activation_bytes_per_token=one.total - one.fixed,
+        activation_bytes_per_token=-(-(one.total - one.fixed) // context_ways),
         memory_bytes=chips.memory_bytes(first),
         platform=first.platform,
         micro_rows=ways if train.chunk_tokens else train.micro_rows,
@@ -258,11 +297,15 @@ class Placer:
     rows: int
     index: int
     count: int
+    context_ways: int = 1
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows [r, t] -> global arrays [micro, rows, t]."""
+        """This process's rows [r, t] -> global arrays [micro, rows, t], tokens in the
+        order that splits them."""
 
         def one(x):
+            if self.context_ways > 1:
+                x = x[:, mesh.zigzag(x.shape[1], self.context_ways)]
             local = x.reshape(self.micro_steps, -1, *x.shape[1:])
             whole = (self.micro_steps, self.rows // self.micro_steps, *x.shape[1:])
             return jax.make_array_from_process_local_data(self.sharding, local, whole)
@@ -326,6 +369,7 @@ def placer(device_mesh: Any, rules: mesh.Rules, rows: int, micro_steps: int) -> 
     A process may hold rows that are no neighbours (a host of a TPU slice is a block of
     2 x 2 chips): it reads a stretch of the batch all the same and lays it on the rows
     it holds, so only the order of rows inside the batch differs from their places.
+    Processes that hold parts of the same rows read those rows whole, each of them.
     """
     each = rows // micro_steps
     flat = jax.sharding.NamedSharding(device_mesh, rules.pspec("batch"))
@@ -341,7 +385,9 @@ def placer(device_mesh: Any, rules: mesh.Rules, rows: int, micro_steps: int) -> 
             "batch; let mesh.data and mesh.fsdp be multiples of the number of processes"
         )
     place = parts.index(tuple(sorted(held[jax.process_index()])))
+    ways = _tokens_ways(device_mesh, rules)
+    tokens = rules.tokens if ways > 1 else None
     sharding = jax.sharding.NamedSharding(
-        device_mesh, jax.P(None, *rules.pspec("batch", None))
+        device_mesh, jax.P(None, *rules.pspec("batch"), tokens)
     )
-    return Placer(sharding, micro_steps, rows, place, len(parts))
+    return Placer(sharding, micro_steps, rows, place, len(parts), ways)

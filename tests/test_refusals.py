@@ -88,6 +88,34 @@ def refused(monkeypatch, capsys, workdir):
         ("rules.embed=tensor", ["on one mesh axis twice", "--config.rules"]),
         ("rules.embed=tenser", ["'tenser'; did you mean 'tensor'?"]),
         ("model.reduce_dtype=bfloat16", ["'bfloat16': wanted compute or float32"]),
+        (
+            "mesh.context=3",
+            ["8 devices are not a multiple of 3"],
+        ),
+        (
+            ["mesh.context=4", "data.seq_tokens=36"],
+            ["=36 over mesh.context=4", "multiple of 8", "data.seq_tokens=32"],
+        ),
+        (
+            ["mesh.context=2", "train.chunk_tokens=8"],
+            ["train.chunk_tokens=8 and mesh.context=2", "--config.mesh.context=1"],
+        ),
+        (
+            ["mesh.context=2", "model.mtp_layers=1", "train.mtp_coef=0.3"],
+            ["the 1 layers for further tokens", "--config.train.mtp_coef=0"],
+        ),
+        (
+            ["mesh.context=2", "rules.tokens=None"],
+            ["mesh.context=2 and rules.tokens=None", "--config.rules.tokens=context"],
+        ),
+        (
+            ["mesh.context=2", "rules.tokens=('context','data')"],
+            ["rules.batch both lie on data", "--config.rules.tokens=context"],
+        ),
+        (
+            "rules.context_attention=rnig",
+            ["context_attention='rnig'; did you mean 'ring'?"],
+        ),
         ("rules.layers=data", ["rules.layers='data'", "--config.rules.layers=None"]),
         ("data.seq_tokens=256", ["=256 passes model.max_positions=128; set one"]),
         (
@@ -116,8 +144,8 @@ def refused(monkeypatch, capsys, workdir):
     ],
 )
 def test_a_field_that_does_not_fit(refused, workdir, data, more, told):
-    words = runs.words(workdir, data, f"--config.{more}", arg="adamw")
-    err = refused(*words)
+    flags = [f"--config.{one}" for one in ([more] if isinstance(more, str) else more)]
+    err = refused(*runs.words(workdir, data, *flags, arg="adamw"))
     assert all(part in err for part in told), err
 
 

@@ -7,6 +7,8 @@ head before RoPE as in Qwen3.
 From Qwen3-Next on, an output gate: heads * sigmoid(x Wgate), one number for each.
 With `spec.indexed`, rows that are long enough see chosen keys only: see `indexed.py`.
 With a cache, layers that have a window keep no more than that: see `ring.py`.
+Where the tokens of a row are split over devices (context parallelism) whole rows go
+through kernels/ring_attention.py instead of a backend.
 
 Shapes: x_btd -> y_btd. Weights q_ldnk, k_ldhk, v_ldhk, o_lnkd, biases q_bias_lnk,
 k_bias_lhk, v_bias_lhk, norms q_norm_lk, k_norm_lk, stacked by layer.
@@ -26,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from qwen_jax import config, mesh
 from qwen_jax.models import dual_chunk, indexed, norm, ring, rope
 from qwen_jax.models import spec as spec_lib
-from qwen_jax.models.kernels import blockwise
+from qwen_jax.models.kernels import blockwise, ring_attention
 from qwen_jax.params import Param, normal, ones, zeros
 
 
@@ -138,12 +140,16 @@ def attention(
             rules=rules,
         )
         return merge(p, out_btnk, x_btd, spec, rules)
-    kernel = functools.partial(KERNELS[spec.attention], window=window)
-    heads = rules.pspec("batch", None, "heads", None)
-    kv_heads = rules.pspec("batch", None, "kv_heads", None)
+    if rules.split:
+        how = {"axes": rules.split, "way": rules.context_attention}
+        kernel = functools.partial(ring_attention.attention, **how, window=window)
+    else:
+        kernel = functools.partial(KERNELS[spec.attention], window=window)
+    heads = rules.pspec("batch", "tokens", "heads", None)
+    kv_heads = rules.pspec("batch", "tokens", "kv_heads", None)
     inputs, operands = (heads, kv_heads, kv_heads), (q_btnk, k_bshk, v_bshk)
     if segments_bt is not None:
-        inputs += (rules.pspec("batch", None),)
+        inputs += (rules.pspec("batch", "tokens"),)
         operands += (segments_bt,)
     checked = (
         spec.attention != "splash"
@@ -293,7 +299,7 @@ def project(p, x_btd, cos_btk, sin_btk, spec, rules):
         w = p[f"{name}_ld{letter}k"]
         how = {"dtype": dtype, "reduce_dtype": spec.reduce_dtype}
         w = mesh.gather(w, rules, "embed", heads, None, **how)
-        out = rules.pspec("batch", None, heads, None)
+        out = rules.pspec("batch", "tokens", heads, None)
         y = mesh.product(x_btd, w, out=out)
         return turned(p, name, y, cos_btk, sin_btk, spec)
 
@@ -326,11 +332,11 @@ def merge(p, out_btnk, x_btd, spec, rules):
     how = {"dtype": out_btnk.dtype, "reduce_dtype": spec.reduce_dtype}
     if spec.output_gate:
         w_dnk = mesh.gather(p["gate_ldnk"], rules, "embed", "heads", None, **how)
-        out = rules.pspec("batch", None, "heads", None)
+        out = rules.pspec("batch", "tokens", "heads", None)
         gate_btnk = checkpoint_name(mesh.product(x_btd, w_dnk, out=out), "gate")
         out_btnk = out_btnk * jax.nn.sigmoid(gate_btnk)
     o_nkd = mesh.gather(p["o_lnkd"], rules, "heads", None, "embed", **how)
-    out = rules.pspec("batch", None, None)
+    out = rules.pspec("batch", "tokens", None)
     return mesh.product(out_btnk, o_nkd, inner=2, out=out)
 
 

@@ -81,7 +81,7 @@ def init(
         raise config.InputError(
             f"cache of {rows} rows x {slots} slots: both must be >0"
         )
-    rules = rules or mesh.Rules()
+    rules = (rules or mesh.Rules()).whole
     dtype = jnp.dtype(spec.compute_dtype)
     counts = {stack: len(layers) for stack, layers in owners(spec).items()}
     attention, delta = (counts.get(k, 0) for k in ("attention", "delta"))

@@ -69,7 +69,7 @@ def generate(
       config.InputError: no prompts, an empty prompt, ids outside the vocabulary, more
         tokens than the model has positions.
     """
-    rules = rules or mesh.Rules()
+    rules = (rules or mesh.Rules()).whole
     tokens_bt, segments_bt = rows_of(spec, prompts, max_tokens, rules)
     see = {"images": images, "videos": videos}
     vl.check(spec, tokens_bt, segments_bt, **see)

@@ -20,6 +20,8 @@ Layers that differ by a repeating pattern are one loop over the pattern. `remat`
 says which activations of a layer stay for the backward pass: "none" leaves it to
 autodiff, "full" keeps only the layer's input, "dots" keeps the outputs of the matrix
 products, and a comma-separated list keeps those names (see `SAVED`).
+Where a mesh splits the tokens of a row (`mesh.Rules.tokens`), whole rows come, and
+their results go, in the order of `mesh.zigzag`; see context.py for what that refuses.
 Raises: config.InputError for a bad `remat`, ValueError for shapes.
 """
 
@@ -33,11 +35,11 @@ import jax.numpy as jnp
 from qwen_jax import config, mesh
 from qwen_jax.models import attention as attn
 from qwen_jax.models import cache as cache_lib
+from qwen_jax.models import context, places, streams, stretches, vision, vl
 from qwen_jax.models import delta as delta_lib
 from qwen_jax.models import mlp as mlp_lib
 from qwen_jax.models import moe as moe_lib
 from qwen_jax.models import ngram as ngram_lib
-from qwen_jax.models import places, streams, stretches, vision, vl
 from qwen_jax.models import ring as ring_lib
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.params import Param, normal, zeros
@@ -232,6 +234,9 @@ def hidden(
     the routers counted, stacked over sparse layers, or None: see `moe`)."""
     rules = rules or mesh.Rules()
     b, t = tokens_bt.shape
+    if rules.split:
+        see = images is not None or videos is not None
+        context.check(spec, t, mesh.axis_size(rules.split), see=see)
     see = {"images": images, "videos": videos, "rules": rules}
     x, deep_lbtd = embed_tokens(
         spec, params, tokens_bt, segments, saved=saved_names(remat), **see
@@ -317,7 +322,7 @@ def logits(
         "btd,vd->btv",
         hidden_btd,
         w_vd,
-        out=rules.pspec("batch", None, "vocab"),
+        out=rules.pspec("batch", "tokens", "vocab"),
         preferred_element_type=wide,
     )
 
@@ -381,7 +386,7 @@ def forward(
         videos=videos,
         rules=rules,
     )
-    return logits(spec, params, x_btd, rules), cache
+    return logits(spec, params, x_btd, rules.whole), cache
 
 
 def hidden_cached(
@@ -399,7 +404,7 @@ def hidden_cached(
 ) -> tuple[jax.Array, cache_lib.Cache]:
     """Hidden states of new tokens against a cache, and the cache with them in; with
     `keep` linear layers' part of it has "inputs", too (see `delta.mix`)."""
-    rules = rules or mesh.Rules()
+    rules = (rules or mesh.Rules()).whole
     b, t = tokens_bt.shape
     if t > cache.slots:
         raise ValueError(f"{t} new tokens do not fit a cache of {cache.slots} slots")

@@ -91,7 +91,7 @@ def generate(
         )
     if draft_tokens < 1:
         raise config.InputError(f"draft_tokens={draft_tokens}: wanted at least 1")
-    rules = rules or mesh.Rules()
+    rules = (rules or mesh.Rules()).whole
     tokens_bt, segments_bt = decode.rows_of(spec, prompts, max_tokens, rules)
     new_bt, counts, passes = _generate(
         params,

@@ -110,7 +110,7 @@ def score(
         params,
         tokens_bt,
         segments=_known(tokens_bt, segments, rules),
-        rules=rules,
+        rules=(rules or mesh.Rules()).whole,
     )
     return _scores(spec, params, _wide(x_btd))
 
@@ -158,7 +158,7 @@ def _wide(x):
 
 def _last(spec, params, tokens_bt, segments, documents, rules):
     """(hidden state of each document's last token, which documents there are)."""
-    segments = _known(tokens_bt, segments, rules)
+    segments, rules = _known(tokens_bt, segments, rules), (rules or mesh.Rules()).whole
     x_btd, _ = decoder.hidden(spec, params, tokens_bt, segments=segments, rules=rules)
     x_btd = mesh.reshard(x_btd, jax.P(None, None, None))
     segments = mesh.reshard(segments, jax.P(None, None))

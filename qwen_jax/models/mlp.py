@@ -33,7 +33,7 @@ def mlp(
 ) -> jax.Array:
     """One layer's feed-forward; `p` has one layer's weights."""
     how = {"dtype": x_btd.dtype, "reduce_dtype": spec.reduce_dtype}
-    inner = rules.pspec("batch", None, "ffn")
+    inner = rules.pspec("batch", "tokens", "ffn")
     gate_df = mesh.gather(p["gate_ldf"], rules, "embed", "ffn", **how)
     up_df = mesh.gather(p["up_ldf"], rules, "embed", "ffn", **how)
     down_fd = mesh.gather(p["down_lfd"], rules, "ffn", "embed", **how)
@@ -47,6 +47,8 @@ def mlp(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def rest(gate_btf, up_btf, down_fd):
         hidden_btf = jax.nn.silu(gate_btf) * up_btf
-        return mesh.product(hidden_btf, down_fd, out=rules.pspec("batch", None, None))
+        return mesh.product(
+            hidden_btf, down_fd, out=rules.pspec("batch", "tokens", None)
+        )
 
     return rest(gate_btf, up_btf, down_fd)

@@ -67,9 +67,9 @@ def moe(
     """One layer's experts; `p` has one layer's weights. See the module docstring."""
     if segments_bt is None:
         ones_bt = jnp.ones(x_btd.shape[:2], jnp.int32)
-        segments_bt = mesh.reshard(ones_bt, rules.pspec("batch", None))
+        segments_bt = mesh.reshard(ones_bt, rules.pspec("batch", "tokens"))
     into, back = ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
-    batch = mesh.names(rules.batch) if mesh.active() else ()
+    batch = rules.spread if mesh.active() else ()
     tensor = mesh.names(rules.ffn) if mesh.active() else ()
     split = mesh.names(rules.experts) if mesh.axis_size(rules.experts) > 1 else ()
 
@@ -103,14 +103,14 @@ def moe(
     y_btd, stats = mesh.local(
         run,
         inputs=(
-            rules.pspec("batch", None, None),
-            rules.pspec("batch", None),
+            rules.pspec("batch", "tokens", None),
+            rules.pspec("batch", "tokens"),
             rules.pspec("embed", None),
             rules.pspec(*into),
             rules.pspec(*into),
             rules.pspec(*back),
         ),
-        out=(rules.pspec("batch", None, None), dict.fromkeys(names, jax.P())),
+        out=(rules.pspec("batch", "tokens", None), dict.fromkeys(names, jax.P())),
     )(
         x_btd,
         segments_bt,
@@ -123,7 +123,7 @@ def moe(
     if spec.moe.shared_width:
         how = {"dtype": x_btd.dtype, "reduce_dtype": spec.reduce_dtype}
         gate_d = mesh.gather(p["shared_gate_ld"], rules, "embed", **how)
-        out = rules.pspec("batch", None, None)
+        out = rules.pspec("batch", "tokens", None)
         gate_bt1 = mesh.product(x_btd, gate_d[:, None], out=out)
         y_btd = y_btd + jax.nn.sigmoid(gate_bt1) * mlp_lib.mlp(
             p["shared"], x_btd, spec, rules

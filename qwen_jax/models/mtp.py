@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from qwen_jax import mesh
 from qwen_jax.models import cache as cache_lib
-from qwen_jax.models import decoder, norm, places
+from qwen_jax.models import context, decoder, norm, places
 from qwen_jax.models import spec as spec_lib
 
 
@@ -52,6 +52,9 @@ def hidden(
       remat: as in `decoder`.
     """
     rules = rules or mesh.Rules()
+    if rules.split:
+        ways = mesh.axis_size(rules.split)
+        context.check(spec, tokens_bt.shape[1], ways, depths=spec.mtp_layers)
     angles, chunked = places.of_rows(spec, *tokens_bt.shape, positions, segments, rules)
     out, counted = [], []
     for i, kind in enumerate(spec.mtp_kinds):

@@ -121,7 +121,7 @@ def init(
     """Empty pools of `pages` pages, page 0 among them, and states of `slots` rows; with
     `mtp` those of the MTP head as well."""
     check(spec)
-    rules = rules or mesh.Rules()
+    rules = (rules or mesh.Rules()).whole
     dtype, h, k = jnp.dtype(spec.compute_dtype), spec.num_kv_heads, spec.head_width
     layout = rules.pspec(None, "kv_heads", None, None)
 
@@ -181,7 +181,7 @@ def hidden(
       way: over the pages; "" takes the one of the platform.
       trial: t and `length_b` are whatever they are, t is small.
     """
-    rules = rules or mesh.Rules()
+    rules = (rules or mesh.Rules()).whole
     see = {"images": None, "videos": None, "rules": rules, "saved": None}
     x, _ = decoder.embed_tokens(spec, params, tokens_bt, real_bt, **see)
     angles, places = angles_of(spec, places, tokens_bt.shape[1])

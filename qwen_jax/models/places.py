@@ -6,6 +6,8 @@ document begins does not matter), those of new tokens the count of real tokens b
 them. With dual chunks (see dual_chunk.py) it matters, so there they are counted inside
 each document, and what is turned is the position modulo a chunk.
 
+Tokens that are split over devices stand in the order of `mesh.zigzag`.
+
 Shapes: positions int32 [b, t] or, with images, [3, b, t]; results (cos_btk, sin_btk)
 as `rope.angles`.
 Raises: ValueError for positions given to a cache of dual chunks, which counts itself.
@@ -32,12 +34,13 @@ def of_rows(
 ) -> tuple[Angles, jax.Array | None]:
     """(cos and sin of b rows of t tokens; the positions in their documents where dual
     chunks make a difference, else None)."""
-    chunks, rows = spec.dual_chunk, rules.pspec("batch", None)
+    chunks, rows = spec.dual_chunk, rules.pspec("batch", "tokens")
     far = chunks is not None and (positions is not None or dual_chunk.needed(chunks, t))
     if positions is None and far and segments is not None:
         positions = mesh.local(dual_chunk.counted, inputs=(rows,), out=rows)(segments)
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
+        order = mesh.zigzag(t, mesh.axis_size(rules.split or None))
+        positions = jnp.broadcast_to(jnp.asarray(order, jnp.int32)[None], (b, t))
         positions = mesh.reshard(positions, rows)
     if not far:
         return rope.angles(spec, positions), None

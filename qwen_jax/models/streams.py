@@ -88,7 +88,7 @@ def enter(
     y_btd, normed_btrd = _mix(p, x, spec, rules)
     how = {"dtype": x.dtype, "reduce_dtype": spec.reduce_dtype}
     inject_rdo = mesh.gather(p["inject_lrdo"], rules, None, "embed", None, **how)
-    out = rules.pspec("batch", None, None)
+    out = rules.pspec("batch", "tokens", None)
     logit_bto = mesh.product(normed_btrd, inject_rdo, inner=2, out=out)
     logit_bto = checkpoint_name(logit_bto, "inject")
     return y_btd, 2 * jax.nn.sigmoid(logit_bto / spec.streams.count)
@@ -117,9 +117,9 @@ def _mix(p, x_btrd, spec, rules):
     normed_btrd = norm.rms_norm(x_btrd, p["norm_lrd"], spec.norm_eps, spec.norm_offset)
     down_rdq = mesh.gather(p["down_lrdq"], rules, None, "embed", "ffn", **how)
     up_qrd = mesh.gather(p["up_lqrd"], rules, "ffn", None, "embed", **how)
-    inner = rules.pspec("batch", None, "ffn")
+    inner = rules.pspec("batch", "tokens", "ffn")
     low_btq = mesh.product(normed_btrd, down_rdq, inner=2, out=inner)
     low_btq = checkpoint_name(low_btq, "mix")
-    out = rules.pspec("batch", None, None, None)
+    out = rules.pspec("batch", "tokens", None, None)
     gate_btrd = mesh.product(jax.nn.silu(low_btq / r), up_qrd, out=out)
     return jnp.mean(jax.nn.sigmoid(gate_btrd) * normed_btrd, axis=2), normed_btrd

@@ -192,7 +192,7 @@ class Device:
                 "drafts='lookup', which any model can"
             )
         self.spec, self.settings = spec, settings
-        self.rules = dataclasses.replace(rules or mesh.Rules(), batch=None)
+        self.rules = dataclasses.replace(rules or mesh.Rules(), batch=None, tokens=None)
         self.table_pages = -(-settings.longest(spec) // settings.page_tokens)
         self.pool = settings.pool(spec)
         if self.pool < 2:

@@ -6,7 +6,8 @@
 
 The forward pass of a chunk also computes its gradient (softmax - onehot), so that the
 backward pass multiplies nothing again: three products with the vocabulary instead of
-the four of recomputation. Runs inside shard_map: rows by `batch`, vocabulary by `vocab`
+the four of recomputation. Runs inside shard_map: rows by `batch`, their tokens by
+`tokens` (in any order, as each stands for itself), vocabulary by `vocab`
 (log-sum-exp reduced over its axis), the gradient of the output matrix is accumulated on
 each device and reduced once, not once a chunk.
 
@@ -62,8 +63,9 @@ def cross_entropy(
     """
     ways = mesh.axis_size(rules.vocab)
     rows = hidden_btd.shape[0] // mesh.axis_size(rules.batch)
-    chunk = chunk or _chunk(rows, hidden_btd.shape[1], w_vd.shape[0] // ways)
-    batch_axes = mesh.names(rules.batch)
+    each = hidden_btd.shape[1] // mesh.axis_size(rules.split)
+    chunk = chunk or _chunk(rows, each, w_vd.shape[0] // ways)
+    batch_axes = rules.spread
     vocab_axes = mesh.names(rules.vocab) if mesh.active() else ()
     # Axes of the width alone gather equal parts: out here, where the type says so.
     embed_axes = tuple(a for a in mesh.names(rules.embed) if a in batch_axes)
@@ -86,10 +88,10 @@ def cross_entropy(
     run = mesh.local(
         local,
         inputs=(
-            rules.pspec("batch", None, None),
+            rules.pspec("batch", "tokens", None),
             lies,
-            rules.pspec("batch", None),
-            rules.pspec("batch", None),
+            rules.pspec("batch", "tokens"),
+            rules.pspec("batch", "tokens"),
         ),
         out=jax.P(),
     )

@@ -165,7 +165,7 @@ def test_text_that_is_no_program_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "embed"), [((2, 4, 1, 1), "fsdp"), ((4, 2, 1, 1), ("data", "fsdp"))]
+    ("sizes", "embed"), [((2, 4, 1, 1, 1), "fsdp"), ((4, 2, 1, 1, 1), ("data", "fsdp"))]
 )
 def test_gradients_of_layers_are_scattered_not_summed_whole(sizes, embed):
     """The step of a run: what crosses devices is weights, slices and activations."""

@@ -31,7 +31,8 @@ from tests.run.here import LEAN, back_to
 def test_a_run_folder_explains_itself(finished):
     facts = json.loads((finished / "run.json").read_text())
     assert facts["config"]["train"]["num_steps"] == 9 and facts["seed"] == 3
-    assert facts["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1}
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1, "context": 1}
+    assert facts["mesh"] == sizes
     assert "qwen-jax run --config" in facts["resume_command"]
     assert facts["versions"]["jax"] == jax.__version__
     assert 0 < facts["gzip_bits_per_byte"] < 8
@@ -85,6 +86,24 @@ def test_a_resumed_run_equals_an_unbroken_one(here, finished, copied):
     assert runs.steps_made(copied) == runs.steps_made(finished)
     assert runs.evaluations(copied) == runs.evaluations(finished)
     assert runs.files(copied) == runs.files(finished)
+
+
+@pytest.mark.slow
+def test_rows_that_are_split_over_devices(here, finished, tmp_path):
+    """Training, held-out rows, samples and checkpoints, and on without the split."""
+    split, short = tmp_path / "run", "--config.train.num_steps=6"
+    code, out, err = here.run(split, "--config.mesh.context=2", short)
+    assert code == 0, err
+    assert "data 1, fsdp 2, tensor 2, expert 1, context 2" in out
+    assert here.run(split)[0] == 0  # 7 to 9 on the mesh of the other run
+    np.testing.assert_allclose(runs.losses(split), runs.losses(finished), rtol=1e-5)
+    for one, other in zip(
+        runs.evaluations(split), runs.evaluations(finished), strict=True
+    ):
+        assert one["step"] == other["step"]
+        np.testing.assert_allclose(one["eval_loss"], other["eval_loss"], rtol=1e-5)
+    samples = [(x / "samples.jsonl").read_text() for x in (split, finished)]
+    assert samples[0].splitlines()[-2:] == samples[1].splitlines()[-2:]
 
 
 def test_what_a_kill_cut_off_after_a_save_is_made_up_for(here, finished, copied):

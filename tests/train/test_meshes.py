@@ -68,7 +68,7 @@ def resolved(folder, optimizer="muon", sizes=(1, 1, 1), **more):
 
 
 def set_up(exp):
-    sizes = (exp.mesh.data, exp.mesh.fsdp, exp.mesh.tensor)
+    sizes = (exp.mesh.data, exp.mesh.fsdp, exp.mesh.tensor, exp.mesh.context)
     return prepare.set_up(exp, jax.devices()[: np.prod(sizes)])
 
 
@@ -136,6 +136,46 @@ def test_adamw_has_the_same_losses(name, data, alone):
 def test_micro_batches_on_a_mesh_have_the_same_losses(data, alone):
     more = {"train.micro_rows": "4", "train.remat": "full"}
     check(data, alone, "adamw", (2, 1, 2), **more)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more"),
+    [
+        ((1, 1, 1), {"mesh.context": "4"}),
+        pytest.param(
+            (1, 2, 1),
+            {"mesh.context": "2", "train.document_mask": "false"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (2, 1, 2),
+            {"mesh.context": "2", "rules.context_attention": "gather"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (1, 2, 1),
+            {
+                "mesh.context": "4",
+                "rules.embed": "('fsdp', 'context')",
+                "train.remat": "dots",
+                "train.loop": "unroll",
+                "train.micro_rows": "4",
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_rows_over_devices_have_the_same_losses(sizes, more, data, alone):
+    """Context parallelism: the placer lays tokens out, everything else is as ever."""
+    if "train.document_mask" in more:
+        folder, batches = data
+        mask = {"train.document_mask": "false"}
+        exp, setup = set_up(resolved(folder, "adamw", **mask))
+        wanted = train(exp, setup, batches)[1]
+        assert abs(wanted - alone("adamw")).max() > 1e-3
+        check(data, lambda optimizer: wanted, "adamw", sizes, **more)
+    else:
+        check(data, alone, "adamw", sizes, **more)
 
 
 @pytest.mark.slow

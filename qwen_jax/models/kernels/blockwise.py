@@ -39,7 +39,7 @@ def reference(
     """The plain twin: softmax over a full [t, s] matrix."""
     b, t, n, k = q_btnk.shape
     h = k_bshk.shape[2]
-    q_bthgk = q_btnk.reshape(b, t, h, n // h, k).astype(_wide(q_btnk)) * k**-0.5
+    q_bthgk = q_btnk.reshape(b, t, h, n // h, k).astype(wide_of(q_btnk)) * k**-0.5
     scores = jnp.einsum("bthgk,bshk->bhgts", q_bthgk, k_bshk.astype(q_bthgk.dtype))
     query, key = jnp.arange(t)[:, None], jnp.arange(t)[None, :]
     seen = query >= key if causal else jnp.ones((t, t), bool)
@@ -112,7 +112,7 @@ def block_for(t: int) -> int:
     return 256 if t <= 4096 else 512
 
 
-def _wide(x: jax.Array) -> jnp.dtype:
+def wide_of(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -150,7 +150,7 @@ def _forward(q, k, v, segments, window, block, causal):
     return forward(q, k, v, segments, window, block, causal)
 
 
-def _scores(q_bhgqk, k_bhsk):
+def score(q_bhgqk, k_bhsk):
     """[b, h, g, q, k] x [b, h, s, k] -> float32 [b, h, g, q, s].
 
     The g query heads of a kv head are folded into the query dim: one matrix product of
@@ -159,30 +159,30 @@ def _scores(q_bhgqk, k_bhsk):
     b, h, g, q, k = q_bhgqk.shape
     rows = q_bhgqk.reshape(b, h, g * q, k)
     scores = jnp.einsum(
-        "bhqk,bhsk->bhqs", rows, k_bhsk, preferred_element_type=_wide(q_bhgqk)
+        "bhqk,bhsk->bhqs", rows, k_bhsk, preferred_element_type=wide_of(q_bhgqk)
     )
     return scores.reshape(b, h, g, q, k_bhsk.shape[2])
 
 
-def _weigh(p_bhgqs, v_bhsk):
+def weigh(p_bhgqs, v_bhsk):
     """[b, h, g, q, s] x [b, h, s, k] -> float32 [b, h, g, q, k]."""
     b, h, g, q, s = p_bhgqs.shape
     rows = p_bhgqs.reshape(b, h, g * q, s).astype(v_bhsk.dtype)
     out = jnp.einsum(
-        "bhqs,bhsk->bhqk", rows, v_bhsk, preferred_element_type=_wide(v_bhsk)
+        "bhqs,bhsk->bhqk", rows, v_bhsk, preferred_element_type=wide_of(v_bhsk)
     )
     return out.reshape(b, h, g, q, v_bhsk.shape[3])
 
 
-def _gather(p_bhgqs, x_bhgqk):
+def weigh_back(p_bhgqs, x_bhgqk):
     """Transposed product, summed over the g heads too: -> float32 [b, h, s, k]."""
     b, h, g, q, s = p_bhgqs.shape
     p = p_bhgqs.reshape(b, h, g * q, s).astype(x_bhgqk.dtype)
     x = x_bhgqk.reshape(b, h, g * q, x_bhgqk.shape[4])
-    return jnp.einsum("bhqs,bhqk->bhsk", p, x, preferred_element_type=_wide(x))
+    return jnp.einsum("bhqs,bhqk->bhsk", p, x, preferred_element_type=wide_of(x))
 
 
-def _seen(query, key, segments_q, segments_s, window, causal):
+def visible(query, key, segments_q, segments_s, window, causal):
     """Mask [b or 1, 1, 1, q, s] (or None for all seen) of index and segment rules."""
     seen = None
     if causal:
@@ -197,18 +197,18 @@ def _seen(query, key, segments_q, segments_s, window, causal):
     return None if seen is None else seen[:, None, None]
 
 
-def _mask(scores, seen):
+def masked(scores, seen):
     if seen is None:
         return scores
     return jnp.where(jnp.broadcast_to(seen, scores.shape), scores, NEG)
 
 
-def _exp(scores, lse):
-    """exp(scores - lse): zero where masked, since lse is far above NEG (see `_top`)."""
+def exp_below(scores, lse):
+    """exp(scores - lse): zero where masked: lse is far above NEG (see `top_of`)."""
     return jnp.exp(scores - lse[..., None])
 
 
-def _top(scores):
+def top_of(scores):
     """The largest score of each query; half of NEG where nothing is seen, so that every
     exp(NEG - top) is zero without another mask."""
     return jnp.maximum(jnp.max(scores, axis=-1), NEG / 2)
@@ -231,21 +231,21 @@ def _part(x, start, stop, dim):
 def _block_mask(segments, queries, keys, window, causal):
     query, key = jnp.arange(*queries), jnp.arange(*keys)
     if segments is None:
-        return _seen(query, key, None, None, window, causal)
+        return visible(query, key, None, None, window, causal)
     seg_q, seg_s = segments[:, slice(*queries)], segments[:, slice(*keys)]
-    return _seen(query, key, seg_q, seg_s, window, causal)
+    return visible(query, key, seg_q, seg_s, window, causal)
 
 
 def _forward_unrolled(q, k, v, segments, window, block, causal):
     outs, lses = [], []
     for queries, keys in _spans(q.shape[3], block, window, causal):
         seen = _block_mask(segments, queries, keys, window, causal)
-        scores = _mask(_scores(_part(q, *queries, 3), _part(k, *keys, 2)), seen)
-        top = _top(scores)
-        p = _exp(scores, top)
+        scores = masked(score(_part(q, *queries, 3), _part(k, *keys, 2)), seen)
+        top = top_of(scores)
+        p = exp_below(scores, top)
         total = jnp.sum(p, axis=-1)
         safe = jnp.where(total > 0, total, 1.0)
-        out = _weigh(p, _part(v, *keys, 2)) / safe[..., None]
+        out = weigh(p, _part(v, *keys, 2)) / safe[..., None]
         outs.append(out.astype(q.dtype))
         lses.append(top + jnp.log(safe))
     return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
@@ -263,18 +263,18 @@ def _backward_unrolled(q, k, v, segments, lse, delta, d_out, window, block, caus
             _part(v, *keys, 2),
         )
         d_i = _part(d_out, *queries, 3)
-        p = _exp(_mask(_scores(q_i, k_i), seen), _part(lse, *queries, 3))
-        ds = p * (_scores(d_i, v_i) - _part(delta, *queries, 3)[..., None])
-        dqs.append(_weigh(ds, k_i))
-        dk = dk.at[:, :, slice(*keys)].add(_gather(ds, q_i))
-        dv = dv.at[:, :, slice(*keys)].add(_gather(p, d_i))
+        p = exp_below(masked(score(q_i, k_i), seen), _part(lse, *queries, 3))
+        ds = p * (score(d_i, v_i) - _part(delta, *queries, 3)[..., None])
+        dqs.append(weigh(ds, k_i))
+        dk = dk.at[:, :, slice(*keys)].add(weigh_back(ds, q_i))
+        dv = dv.at[:, :, slice(*keys)].add(weigh_back(p, d_i))
     return jnp.concatenate(dqs, axis=3), dk, dv
 
 
 # ---- Long rows: loops over block pairs, bounded by what can be seen.
 
 
-def _at(x, i, block, dim):
+def block_at(x, i, block, dim):
     return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=dim)
 
 
@@ -331,27 +331,27 @@ def _pair_mask(segments, i, j, window, block, causal):
     within = jnp.arange(block)
     query, key = i * block + within, j * block + within
     if segments is None:
-        return _seen(query, key, None, None, window, causal)
-    seg_q, seg_s = _at(segments, i, block, 1), _at(segments, j, block, 1)
-    return _seen(query, key, seg_q, seg_s, window, causal)
+        return visible(query, key, None, None, window, causal)
+    seg_q, seg_s = block_at(segments, i, block, 1), block_at(segments, j, block, 1)
+    return visible(query, key, seg_q, seg_s, window, causal)
 
 
 def _forward_loop(q, k, v, segments, window, block, causal):
     b, h, g, t, width = q.shape
     low, high = _key_blocks(segments, t, window, block, causal)
-    wide = _wide(q)
+    wide = wide_of(q)
 
     def query_block(_, i):
-        q_i = _at(q, i, block, 3)
+        q_i = block_at(q, i, block, 3)
 
         def key_block(j, carry):
             out, top, total = carry
             seen = _pair_mask(segments, i, j, window, block, causal)
-            scores = _mask(_scores(q_i, _at(k, j, block, 2)), seen)
-            new_top = jnp.maximum(top, _top(scores))
+            scores = masked(score(q_i, block_at(k, j, block, 2)), seen)
+            new_top = jnp.maximum(top, top_of(scores))
             shrink = jnp.exp(top - new_top)
-            p = _exp(scores, new_top)
-            out = out * shrink[..., None] + _weigh(p, _at(v, j, block, 2))
+            p = exp_below(scores, new_top)
+            out = out * shrink[..., None] + weigh(p, block_at(v, j, block, 2))
             return out, new_top, total * shrink + jnp.sum(p, axis=-1)
 
         shape = (b, h, g, block)
@@ -375,17 +375,17 @@ def _backward_loop(q, k, v, segments, lse, delta, d_out, window, block, causal):
     first, last = _query_blocks(low, high, causal)
 
     def key_block(dq, j):
-        k_j, v_j = _at(k, j, block, 2), _at(v, j, block, 2)
+        k_j, v_j = block_at(k, j, block, 2), block_at(v, j, block, 2)
 
         def query_block(i, carry):
             dq, dk_j, dv_j = carry
-            q_i, d_i = _at(q, i, block, 3), _at(d_out, i, block, 3)
+            q_i, d_i = block_at(q, i, block, 3), block_at(d_out, i, block, 3)
             seen = _pair_mask(segments, i, j, window, block, causal)
-            p = _exp(_mask(_scores(q_i, k_j), seen), _at(lse, i, block, 3))
-            ds = p * (_scores(d_i, v_j) - _at(delta, i, block, 3)[..., None])
-            dq_i = _at(dq, i, block, 3) + _weigh(ds, k_j)
+            p = exp_below(masked(score(q_i, k_j), seen), block_at(lse, i, block, 3))
+            ds = p * (score(d_i, v_j) - block_at(delta, i, block, 3)[..., None])
+            dq_i = block_at(dq, i, block, 3) + weigh(ds, k_j)
             dq = jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * block, axis=3)
-            return dq, dk_j + _gather(ds, q_i), dv_j + _gather(p, d_i)
+            return dq, dk_j + weigh_back(ds, q_i), dv_j + weigh_back(p, d_i)
 
         zero = mesh.vary(jnp.zeros(k_j.shape, lse.dtype), mesh.varying(k))
         carry = (dq, zero, zero)

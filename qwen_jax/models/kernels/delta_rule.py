@@ -53,7 +53,7 @@ def _wide(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _prepared(q, k, v, g, beta, segments, state):
+def prepared(q, k, v, g, beta, segments, state):
     """All in the wide dtype, padding made inert, the state always there."""
     b, t, h, width = k.shape
     if q.shape != k.shape or v.shape[:3] != (b, t, h) or g.shape != (b, t, h):
@@ -80,7 +80,7 @@ def _prepared(q, k, v, g, beta, segments, state):
 def recurrent(q, k, v, g, beta, segments=None, state=None):
     """One token after another; see the module docstring. -> (o_bthu, State)."""
     out_dtype = v.dtype
-    q, k, v, g, beta, segments, state = _prepared(q, k, v, g, beta, segments, state)
+    q, k, v, g, beta, segments, state = prepared(q, k, v, g, beta, segments, state)
 
     def step(carry, now):
         s, owner = carry
@@ -110,29 +110,47 @@ def _owners(segments_bt: jax.Array, first_b: jax.Array) -> jax.Array:
     return jnp.where(last >= 0, there, first_b[:, None])
 
 
+@struct.dataclass
+class Chunks:
+    """Tokens in chunks, c in front, and what of a chunk needs no state."""
+
+    q_cbhqk: jax.Array
+    k_cbhqk: jax.Array
+    u_cbhqu: jax.Array
+    w_cbhqk: jax.Array
+    weights_cbhqs: jax.Array
+    total_cbhq: jax.Array
+    owners_cbq: jax.Array
+
+
 def chunked(q, k, v, g, beta, segments=None, state=None, *, chunk: int = CHUNK):
     """As `recurrent`, in chunks of `chunk` tokens. -> (o_bthu, State)."""
-    out_dtype, (b, t, h, _) = v.dtype, k.shape
-    q, k, v, g, beta, segments, state = _prepared(q, k, v, g, beta, segments, state)
-    owners = _owners(segments, state.segment_b)
-    real = segments > 0
-    chunk = min(chunk, max(t, 1))
+    out_dtype, t = v.dtype, v.shape[1]
+    *tokens, state = prepared(q, k, v, g, beta, segments, state)
+    out, after = through(cut(*tokens, state.segment_b, chunk), state, t)
+    out = jnp.where((tokens[-1] > 0)[:, :, None, None], out, 0.0)
+    return out.astype(out_dtype), after
+
+
+def cut(q, k, v, g, beta, segments, first_b, chunk: int = CHUNK) -> Chunks:
+    """Prepared tokens in chunks; `first_b` is the segment of the state they meet."""
+    (b, t, _, width), chunk = v.shape, min(chunk, max(v.shape[1], 1))
+    owners = _owners(segments, first_b)
     count = -(-t // chunk)
     rest = count * chunk - t
 
-    def cut(x, mode="constant"):
+    def part(x, mode="constant"):
         """[b, t, ...] -> [c, b, ...] with heads before tokens."""
         x = jnp.pad(x, [(0, 0), (0, rest)] + [(0, 0)] * (x.ndim - 2), mode=mode)
         x = x.reshape(b, count, chunk, *x.shape[2:])
         x = jnp.moveaxis(x, 1, 0)
         return jnp.moveaxis(x, 3, 2) if x.ndim > 3 else x  # [c, b, h, q, ...]
 
-    q, k, v, g, beta = (cut(x) for x in (q, k, v, g, beta))
-    owners = cut(owners, mode="edge")  # of the last token: the rest is inert
+    q, k, v, g, beta = (part(x) for x in (q, k, v, g, beta))
+    owners = part(owners, mode="edge")  # of the last token: the rest is inert
     index = jnp.arange(chunk)
     lower = (index[:, None] >= index[None, :])[None, None]
     strictly = (index[:, None] > index[None, :])[None, None, None]
-    # What needs no state, for all chunks at once.
     same = (owners[..., :, None] == owners[..., None, :]) & lower
     same = same[:, :, None]  # [c, b, 1, q, s]
     total = jnp.cumsum(g, axis=-1)
@@ -148,32 +166,62 @@ def chunked(q, k, v, g, beta, segments=None, state=None, *, chunk: int = CHUNK):
         lower=True,
         unit_diagonal=True,
     )
-    u, w = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     weights = jnp.einsum("cbhqk,cbhsk->cbhqs", q, k) * decay
+    return Chunks(
+        q, k, solved[..., :width], solved[..., width:], weights, total, owners
+    )
+
+
+def through(chunks: Chunks, state: State, t: int) -> tuple[jax.Array, State]:
+    """(o_bthu of t tokens, padding's too; the state behind them)."""
 
     def body(carry, now):
         s, owner = carry
-        q_c, k_c, u_c, w_c, weights_c, total_c, owners_c = now
+        told, after = _next(s, owner, now)
         # Tokens of the state's segment are a prefix of the chunk, so their running
         # sums of g hold nothing of another segment.
-        mine = (owners_c == owner[:, None])[:, None, :, None]
-        told = u_c - jnp.where(mine, jnp.einsum("bhqk,bhku->bhqu", w_c, s), 0.0)
-        out = jnp.einsum("bhqk,bhku->bhqu", q_c * jnp.exp(total_c)[..., None], s)
-        out = jnp.where(mine, out, 0.0)
-        out = out + jnp.einsum("bhqs,bhsu->bhqu", weights_c, told)
-        last = owners_c[:, -1]
-        ends = total_c[..., -1:]
-        tail = (owners_c == last[:, None])[:, None, :]
-        left = jnp.where(tail, jnp.exp(jnp.where(tail, ends - total_c, 0.0)), 0.0)
-        goes_on = (last == owner)[:, None, None, None]
-        s = jnp.where(goes_on, s * jnp.exp(ends)[..., None], 0.0)
-        s = s + jnp.einsum("bhqk,bhqu->bhku", k_c * left[..., None], told)
-        return (s, last), out
+        mine = (now.owners_cbq == owner[:, None])[:, None, :, None]
+        grown = now.q_cbhqk * jnp.exp(now.total_cbhq)[..., None]
+        out = jnp.where(mine, jnp.einsum("bhqk,bhku->bhqu", grown, s), 0.0)
+        out = out + jnp.einsum("bhqs,bhsu->bhqu", now.weights_cbhqs, told)
+        return after, out
 
     carry = (state.s_bhku, state.segment_b)
-    now = (q, k, u, w, weights, total, owners)
-    (s, owner), out = jax.lax.scan(body, carry, now)
+    (s, owner), out = jax.lax.scan(body, carry, chunks)
     out = jnp.moveaxis(out, 3, 2)  # [c, b, q, h, u]
-    out = jnp.moveaxis(out, 0, 1).reshape(b, count * chunk, h, -1)[:, :t]
-    out = jnp.where(real[:, :, None, None], out, 0.0)
-    return out.astype(out_dtype), State(s, owner)
+    c, b, q, h, u = out.shape
+    return jnp.moveaxis(out, 0, 1).reshape(b, c * q, h, u)[:, :t], State(s, owner)
+
+
+def transition(chunks: Chunks, first_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(a_bhkk, b_bhku): whatever the state S before these tokens, of segment `first_b`,
+    behind them it is a S + b.
+
+    The same loop over a state with k more columns, which start as the identity and to
+    which no token adds.
+    """
+    b, h, _, k = chunks.k_cbhqk.shape[1:]
+    u, dtype = chunks.u_cbhqu.shape[-1], chunks.u_cbhqu.dtype
+    rest = [(0, 0)] * 4 + [(0, k)]
+    wider = chunks.replace(u_cbhqu=jnp.pad(chunks.u_cbhqu, rest))
+    start = jnp.broadcast_to(jnp.eye(k, u + k, u, dtype)[None, None], (b, h, k, u + k))
+    start = mesh.vary(start, mesh.varying(chunks.u_cbhqu))
+    (s, _), _ = jax.lax.scan(
+        lambda carry, now: (_next(*carry, now)[1], None), (start, first_b), wider
+    )
+    return s[..., u:], s[..., :u]
+
+
+def _next(s, owner, now: Chunks):
+    """(V' of a chunk, (the state behind it, its segment))."""
+    mine = (now.owners_cbq == owner[:, None])[:, None, :, None]
+    met = jnp.einsum("bhqk,bhku->bhqu", now.w_cbhqk, s)
+    told = now.u_cbhqu - jnp.where(mine, met, 0.0)
+    last = now.owners_cbq[:, -1]
+    ends = now.total_cbhq[..., -1:]
+    tail = (now.owners_cbq == last[:, None])[:, None, :]
+    left = jnp.where(tail, jnp.exp(jnp.where(tail, ends - now.total_cbhq, 0.0)), 0.0)
+    goes_on = (last == owner)[:, None, None, None]
+    s = jnp.where(goes_on, s * jnp.exp(ends)[..., None], 0.0)
+    s = s + jnp.einsum("bhqk,bhqu->bhku", now.k_cbhqk * left[..., None], told)
+    return told, (s, last)

@@ -111,7 +111,7 @@ def run(
     Raises:
       config.InputError: naming the document, the size or the part of the model.
     """
-    rules, t = rules or mesh.Rules(), settings.chunk_tokens
+    rules, t = (rules or mesh.Rules()).whole, settings.chunk_tokens
     documents = chunks_lib.checked(documents, spec.vocab_size)
     pieces = [chunks_lib.whole(one) for one in documents]
     attention.check_backend(spec, mesh.platform(), packed=True)
