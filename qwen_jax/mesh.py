@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device mesh, the rules that lay dims on it, and the ops that change a layout.
 
-The mesh has four Explicit axes, always all of them (size 1 costs nothing):
-`data` (replicas), `fsdp` (replicas that split the weights' `embed` dim and gather it
-where it is used), `tensor` (heads, ffn and vocabulary) and `expert` (replicas, too,
-that split the experts and exchange tokens). `Rules` maps a dim's name to
-axes; a planner's result is another `Rules`.
+The mesh has Explicit axes, always all of them (size 1 costs nothing): `data`
+(replicas), `stage` (stretches of the layers, see `train.pipeline`), `fsdp` (replicas
+that split the weights' `embed` dim and gather it where it is used), `tensor` (heads,
+ffn and vocabulary) and `expert` (replicas, too, that split the experts and exchange
+tokens). `Rules` maps a dim's name to axes; a planner's result is another `Rules`.
 
 Under Explicit axes a sharding is part of an array's type, so every change of layout is
 written in the code. All of them go through this file (`einsum`, `gather`, `reshard`,
@@ -36,7 +36,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import config
 
-AXES = ("data", "fsdp", "tensor", "expert")
+AXES = ("data", "stage", "fsdp", "tensor", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,11 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
+    stage: int = 1
 
-    def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
-        """(data, fsdp, tensor, expert) for `num_devices`, with -1 filled in."""
-        sizes = [self.data, self.fsdp, self.tensor, self.expert]
+    def sizes(self, num_devices: int) -> tuple[int, ...]:
+        """Those of `AXES` for `num_devices`, with -1 filled in."""
+        sizes = [getattr(self, axis) for axis in AXES]
         if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
             raise config.InputError(
                 f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and "
@@ -204,7 +205,8 @@ def gather(
     """
     batch, embed = names(rules.batch), names(rules.embed)
     dtype = dtype or w.dtype
-    if axis_size(rules.batch) == 1 or not set(embed) <= set(batch):
+    alone = axis_size(rules.batch) == 1 or nested()
+    if alone or not set(embed) <= set(batch):
         return reshard(w.astype(dtype), rules.gathered(*dims))
     wide = (
         dtype if reduce_dtype == "compute" else jnp.promote_types(dtype, reduce_dtype)
@@ -229,7 +231,7 @@ def _gather_bwd(rules, dims, dtypes, _, grad):
         return jax.lax.psum(g, tuple(a for a in batch if a in rest)) if rest else g
 
     spec = P(*rules.gathered(*dims), unreduced=set(batch))
-    run = jax.shard_map(scatter, in_specs=spec, out_specs=rules.pspec(*dims))
+    run = local(scatter, inputs=spec, out=rules.pspec(*dims))
     _, wide, own = dtypes
     return (run(grad.astype(wide)).astype(own),)
 
@@ -363,7 +365,33 @@ def local(fn: Callable, *, inputs: Any, out: Any, checked: bool = True) -> Calla
     """
     if not active():
         return fn
-    return jax.shard_map(fn, in_specs=inputs, out_specs=out, check_vma=checked)
+    here = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        fn,
+        axis_names=set(here.axis_names) - set(here.manual_axes),
+        in_specs=inputs,
+        out_specs=out,
+        check_vma=checked and not nested(),
+    )
+
+
+def nested() -> bool:
+    """Whether this is inside a stage of a pipeline, where `local` proves nothing.
+
+    JAX (0.10.2) cannot differentiate a checked shard_map inside another: residuals get
+    a dim for each axis that they differ over, those of the outer one among them. In one
+    that is not checked, the cotangent of a result that is the same along an axis comes
+    in equal parts to the devices along it.
+    """
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def staged(fn: Callable, *, inputs: Any, out: Any) -> Callable:
+    """`fn` run by each stage of a pipeline: `inputs` and `out` name the axis `stage`
+    alone; inside, the others are as they are outside. Wants a mesh that is set."""
+    return jax.shard_map(
+        fn, axis_names={"stage"}, in_specs=inputs, out_specs=out, check_vma=False
+    )
 
 
 def varying(x: jax.Array) -> frozenset[str]:

@@ -158,9 +158,13 @@ def interleaved(count: int, devices: int, parts: int) -> list[list[Op]]:
 
 
 def simulate(
-    micros: Sequence[Micro], ops: Sequence[Sequence[Op]], parts: int = 1
+    micros: Sequence[Micro],
+    ops: Sequence[Sequence[Op]],
+    parts: int = 1,
+    backward: float = BACKWARD,
 ) -> Timeline:
-    """When everything happens. Stage s = part * devices + device.
+    """When everything happens. Stage s = part * devices + device; a backward pass is
+    `backward` times a forward one.
 
     Raises:
       RuntimeError: the devices wait for each other.
@@ -196,7 +200,7 @@ def simulate(
                     break
                 begin = max([free[p], *times])
                 share = micros[op.micro].cost / parts
-                end = begin + share * (BACKWARD if op.kind == BACKWARD_PASS else 1)
+                end = begin + share * (backward if op.kind == BACKWARD_PASS else 1)
                 ended[op.kind, op.micro, stage] = free[p] = end
                 made[p].append((op, begin, end))
                 at[p] += 1
