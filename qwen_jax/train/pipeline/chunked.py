@@ -256,7 +256,8 @@ def _cleared(share, held, first):
     count = sum(kind.mixer == "attention" for kind in share.kinds)
 
     def one(x):
-        zeros = jnp.zeros_like(x, shape=(count, *x.shape[1:]))
+        zeros = jnp.zeros((count, *x.shape[1:]), x.dtype)
+        zeros = mesh.reshard(zeros, jax.typeof(x).sharding.spec)
         return jax.lax.dynamic_update_slice_in_dim(x, zeros, first, 0)
 
     return jax.tree.map(one, held)
