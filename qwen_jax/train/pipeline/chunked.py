@@ -21,7 +21,7 @@ Compiled shapes: a program for each number of ticks, micro-batches, chunks of th
 longest document and slots, rounded up as in `chunks.rounded`; when what happens is
 data.
 Shapes: rows of chunks as of `chunkflow`; [micro, rows, C] all together.
-Raises: config.InputError for what `chunkflow` or `gradients` refuse, and for losses of
+Raises: config.InputError for what `chunkflow` or `batches` refuse, and for losses of
 routers.
 """
 
@@ -42,10 +42,9 @@ from qwen_jax.train import bubbles, step
 from qwen_jax.train.chunkflow import chunks as chunks_lib
 from qwen_jax.train.chunkflow import gradients as chunk_gradients
 from qwen_jax.train.chunkflow import group, layers
-from qwen_jax.train.pipeline import gradients as gradients_lib
+from qwen_jax.train.pipeline import batches, ticks
 from qwen_jax.train.pipeline import share as share_lib
 from qwen_jax.train.pipeline import stage as stage_lib
-from qwen_jax.train.pipeline import ticks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,7 @@ def chunked_value_and_grad(
             "stage has seen when it goes backward; set it to False, or use chunkflow "
             "without stages"
         )
-    with gradients_lib.on_stages(stages):
+    with batches.on_stages(stages):
         micros, batch, targets = lay_out(spec, documents, settings, rules)
         plan = table(micros, stages)
         groups = {one.group for one in micros} - {None}
@@ -147,7 +146,7 @@ def table(micros: Sequence[bubbles.Micro], stages: int) -> ticks.Table:
 
 
 def _gradients(params, batch, rows, targets, *, spec, rules, settings, sizes):
-    """(gradients, sums) of chunks; arguments as of `gradients_lib.on_each`."""
+    """(gradients, sums) of chunks; arguments as of `batches.on_each`."""
     if spec.moe is not None:  # its losses are left out
         quiet = dataclasses.replace(spec.moe, balance_coef=0.0, z_coef=0.0)
         spec = dataclasses.replace(spec, moe=quiet)
@@ -164,7 +163,7 @@ def _gradients(params, batch, rows, targets, *, spec, rules, settings, sizes):
         return stage_lib.through(stage, rows, dict(sizes.slots), state, act)[0]
 
     how = {"spec": spec, "share": share, "rules": rules, "config": config}
-    return gradients_lib.on_each(run, params, batch, rows, whole, parts=1, **how)
+    return batches.on_each(run, params, batch, rows, whole, parts=1, **how)
 
 
 _jitted = jax.jit(_gradients, static_argnames=("spec", "rules", "settings", "sizes"))
