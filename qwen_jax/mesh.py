@@ -2,10 +2,11 @@
 """The device mesh, the rules that lay dims on it, and the ops that change a layout.
 
 The mesh has Explicit axes, always all of them (size 1 costs nothing): `data`
-(replicas), `stage` (stretches of the layers, see `train.pipeline`), `fsdp` (replicas
-that split the weights' `embed` dim and gather it where it is used), `tensor` (heads,
-ffn and vocabulary) and `expert` (replicas, too, that split the experts and exchange
-tokens). `Rules` maps a dim's name to axes; a planner's result is another `Rules`.
+(replicas), `fsdp` (replicas that split the weights' `embed` dim and gather it where it
+is used), `tensor` (heads, ffn and vocabulary), `expert` (replicas, too, that split the
+experts and exchange tokens) and `stage` (stretches of the layers, see
+`train.pipeline`). `Rules` maps a dim's name to axes; a planner's result is another
+`Rules`.
 
 Under Explicit axes a sharding is part of an array's type, so every change of layout is
 written in the code. All of them go through this file (`einsum`, `gather`, `reshard`,
@@ -13,7 +14,8 @@ written in the code. All of them go through this file (`einsum`, `gather`, `resh
 notebook, one device) each op is its plain twin.
 
 TPU slices that train together share only a slow network: they lie along `data`, whole,
-so that what crosses it is the sum of gradients.
+so that what crosses it is the sum of gradients. Stages hand on less than anything else
+inside a slice: they lie farther apart than all axes but `data`.
 
 Units: `MeshConfig` sizes are counts of devices; -1 (one axis at most) takes the rest.
 Raises: config.InputError for sizes that do not multiply to the devices at hand, for
@@ -29,6 +31,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -36,7 +39,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import config
 
-AXES = ("data", "stage", "fsdp", "tensor", "expert")
+AXES = ("data", "fsdp", "tensor", "expert", "stage")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,17 +99,21 @@ def _arranged(sizes: tuple[int, ...], devices: list[Any], **split: bool) -> Any:
     # weights between them, and the order of devices keeps hosts together.
     on_tpu = devices[0].platform == "tpu"
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if on_tpu else 1
+    stage = AXES.index("stage")
+    placed = [sizes[0], sizes[stage], *sizes[1:stage], *sizes[stage + 1 :]]
     if slices == 1:
-        return mesh_utils.create_device_mesh(sizes, devices, **split)
+        array = mesh_utils.create_device_mesh(placed, devices, **split)
+        return np.moveaxis(array, 1, stage)
     if sizes[0] % slices:
         raise config.InputError(
             f"mesh {dict(zip(AXES, sizes, strict=True))}: data must be a multiple of "
             f"the {slices} TPU slices, between which the network is slow; set "
-            "--config.mesh.data=-1 and let fsdp x tensor x expert divide the "
+            "--config.mesh.data=-1 and let fsdp x tensor x expert x stage divide the "
             f"{len(devices) // slices} devices of one slice"
         )
-    inner, outer = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
-    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
+    inner, outer = [sizes[0] // slices, *placed[1:]], [slices, *(1 for _ in placed[1:])]
+    array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
+    return np.moveaxis(array, 1, stage)
 
 
 Axes = str | tuple[str, ...] | None

@@ -88,7 +88,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layers", "stages", "parts", "micro"),
     [
-        ("dense", 2, 2, 1, 3),
+        pytest.param("dense", 2, 2, 1, 3, marks=SLOW),
         ("dense", 4, 2, 2, 4),
         ("moe", 2, 2, 1, 3),
         pytest.param("untied", 4, 4, 1, 5, marks=SLOW),

@@ -67,8 +67,9 @@ def assert_same(got, want):
 @pytest.mark.parametrize(
     ("name", "layers", "stages", "live", "lengths"),
     [
-        ("dense", 2, 2, 1, LENGTHS),
-        ("dense", 2, 2, 2, [25]),
+        ("dense", 2, 2, 1, [3, 25, 7, 1]),
+        pytest.param("dense", 2, 2, 2, [25], marks=SLOW),
+        pytest.param("dense", 2, 2, 1, LENGTHS, marks=SLOW),
         pytest.param("dense", 4, 4, 2, LENGTHS, marks=SLOW),
         pytest.param("dense", 4, 4, 1, [25], marks=SLOW),
         pytest.param("dense", 2, 2, 9, LENGTHS, marks=SLOW),
