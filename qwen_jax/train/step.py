@@ -229,9 +229,12 @@ def train_step(
     rules: mesh.Rules,
     config: StepConfig,
     bytes_v: jax.Array | None = None,
+    gradients_of: Callable | None = None,
 ) -> tuple[state_lib.State, dict[str, jax.Array]]:
-    """One update: whatever changes comes in and goes out."""
-    grads, parts = gradients(state.params, batch, spec=spec, rules=rules, config=config)
+    """One update: whatever changes comes in and goes out; `gradients_of`: something
+    else that gives what `gradients` does."""
+    run = gradients_of or gradients
+    grads, parts = run(state.params, batch, spec=spec, rules=rules, config=config)
     state, metrics = updated(state, grads, parts, spec=spec, tx=tx, config=config)
     metrics["padding"] = jnp.sum(batch["segments_bt"] == 0)
     metrics["places"] = batch["segments_bt"].size
@@ -294,9 +297,11 @@ def compile_step(
     tx: optax.GradientTransformation,
     rules: mesh.Rules,
     config: StepConfig,
+    gradients_of: Callable | None = None,
 ) -> Callable:
     """`step(state, batch, bytes_v) -> (state, metrics)`, jitted, state donated."""
-    fn = functools.partial(train_step, spec=spec, tx=tx, rules=rules, config=config)
+    how = {"spec": spec, "tx": tx, "rules": rules, "config": config}
+    fn = functools.partial(train_step, **how, gradients_of=gradients_of)
     return jax.jit(
         lambda state, batch, bytes_v: fn(state, batch, bytes_v=bytes_v),
         donate_argnums=0,

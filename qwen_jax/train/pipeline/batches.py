@@ -187,6 +187,11 @@ def _counted(counts):
     return {"counts_le": counts_le, "routed": every["routed"][0, 0]}
 
 
+def order_of(parts: int) -> str:
+    """The order for so many stretches of layers on each device."""
+    return "1f1b" if parts == 1 else "interleaved"
+
+
 def table(count: int, stages: int, parts: int, order: str) -> ticks.Table:
     """The ticks of `count` micro-batches.
 
