@@ -191,6 +191,12 @@ def _check_stages(exp: experiment.Experiment, stages: int) -> None:
             "further tokens, which no stage has; set --config.train.mtp_coef=0 to "
             "leave them untrained"
         )
+    if exp.mesh.fsdp != 1 and exp.mesh.expert != 1:
+        raise config.InputError(
+            f"mesh.stage={stages} with mesh.fsdp={exp.mesh.fsdp} and mesh.expert="
+            f"{exp.mesh.expert}: one of them at a time inside stages; set "
+            "--config.mesh.fsdp=1 or --config.mesh.expert=1"
+        )
     pipeline.share_of(spec, stages, train.stage_parts)
 
 

@@ -17,6 +17,10 @@ counts; the last stage computes nothing in its forward passes, since its backwar
 follows at once and does. Embedding and head belong to the first and the last stage;
 their weights lie on all, and their gradients are summed over `stage` once, at the end.
 
+Inside a stage rows, weights, heads and experts lie over the other axes, as without it;
+stages then differ in what they do in a tick, so nothing in it may be a collective of
+all devices: see `_check_axes`.
+
 Shapes: a batch as of `train.step`, arrays [micro, rows, t] with rows by `batch`. Of
 layers, `rules.layers` = "stage" lays each stage's part where it is used. With several
 parts a device they are gathered and dealt out in a step, and their gradients back: the
@@ -150,6 +154,7 @@ def on_each(
 ) -> tuple[Any, dict[str, jax.Array]]:
     """(gradients as the weights lie, sums) of what each stage adds up: `acc` of
     `run(stage, rows of its device)`."""
+    _check_axes()
     rules = dataclasses.replace(rules, layers=None)  # which the cut has laid out
 
     def one(layers, rest, batch, rows, whole):
@@ -176,6 +181,22 @@ def on_each(
         lambda x, w: mesh.reshard(x, jax.typeof(w).sharding.spec), grads, params
     )
     return grads, sums | _counted(counts) | whole
+
+
+def _check_axes():
+    """Refuse axes whose order differs between arrays.
+
+    What turns one order into the other is a permutation of devices, a collective of
+    all. Inside a tick stages do different things, and would wait for each other there
+    for ever; what groups of devices of one stage do is no such thing.
+    """
+    sizes = {axis: mesh.axis_size(axis) for axis in ("fsdp", "expert")}
+    if min(sizes.values()) > 1:
+        raise config_lib.InputError(
+            f"mesh.fsdp={sizes['fsdp']} and mesh.expert={sizes['expert']} inside "
+            "stages: one of them at a time; set --config.mesh.fsdp=1 or "
+            "--config.mesh.expert=1"
+        )
 
 
 def _counted(counts):
