@@ -68,7 +68,7 @@ def resolved(folder, optimizer="muon", sizes=(1, 1, 1), **more):
 
 
 def set_up(exp):
-    sizes = (exp.mesh.data, exp.mesh.fsdp, exp.mesh.tensor)
+    sizes = (exp.mesh.data, exp.mesh.fsdp, exp.mesh.tensor, exp.mesh.stage)
     return prepare.set_up(exp, jax.devices()[: np.prod(sizes)])
 
 
@@ -136,6 +136,15 @@ def test_adamw_has_the_same_losses(name, data, alone):
 def test_micro_batches_on_a_mesh_have_the_same_losses(data, alone):
     more = {"train.micro_rows": "4", "train.remat": "full"}
     check(data, alone, "adamw", (2, 1, 2), **more)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sizes"),
+    [("muon", (2, 1, 1)), pytest.param("adamw", (1, 2, 2), marks=pytest.mark.slow)],
+)
+def test_stages_have_the_same_losses(optimizer, sizes, data, alone):
+    more = {"mesh.stage": "2", "rules.layers": "stage"}
+    check(data, alone, optimizer, sizes, **more)
 
 
 @pytest.mark.slow
