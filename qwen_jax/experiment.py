@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "train.micro_rows",
     "train.chunk_tokens",
     "train.live_chunks",
+    "train.stage_order",
     "train.stage_parts",
     "train.max_skipped",
     "optim.decay_steps",
@@ -81,8 +82,9 @@ class TrainConfig:
     # their backward pass; 0 = whole rows.
     chunk_tokens: int = 0
     live_chunks: int = 1
-    # Stretches of layers on each device along mesh.stage; more than one is interleaved
-    # 1F1B (see train.pipeline).
+    # Along mesh.stage (see train.pipeline): the order of micro-batches, 1f1b, eager or
+    # interleaved, which has several stretches of layers on each device.
+    stage_order: str = "1f1b"
     stage_parts: int = 1
     # A model folder to start from, its tokenizer with it; "" = random weights.
     init_from: str = ""

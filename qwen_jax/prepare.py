@@ -205,7 +205,7 @@ def _stage_lines(exp: experiment.Experiment, stages: int, batch: Any) -> tuple:
     if stages == 1:
         return ()
     parts, count = exp.train.stage_parts, batch.micro_steps
-    order = pipeline.order_of(parts)
+    order = exp.train.stage_order
     plan = pipeline.table(count, stages, parts, order)
     ticks, share = len(plan.rows["kind"]), 2 * count * parts
     line = (
@@ -263,7 +263,7 @@ def compile_step(setup: Setup) -> Any:
     of = None
     if setup.device_mesh.shape["stage"] > 1:
         parts = exp.train.stage_parts
-        how = {"parts": parts, "order": pipeline.order_of(parts)}
+        how = {"parts": parts, "order": exp.train.stage_order}
         of = functools.partial(pipeline.gradients, **how)
     fn = step.compile_step(exp.model, setup.tx, exp.rules, setup.step_config, of)
     with jax.set_mesh(setup.device_mesh):

@@ -4,7 +4,6 @@
 from qwen_jax.train.pipeline.batches import (
     gradients,
     on_stages,
-    order_of,
     table,
     value_and_grad,
 )
@@ -15,7 +14,6 @@ __all__ = [
     "chunked_value_and_grad",
     "gradients",
     "on_stages",
-    "order_of",
     "share_of",
     "table",
     "value_and_grad",

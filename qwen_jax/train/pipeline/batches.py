@@ -12,7 +12,7 @@ computes the stretch again: memory is that of the micro-batches between a forwar
 its backward pass, however many there are.
 
 Source: 1F1B is PipeDream-flush (arXiv 2006.09503), interleaved 1F1B that of Megatron-LM
-(arXiv 2104.04473). Deviations: stages go through ticks together, as `ticks.seconds`
+(arXiv 2104.04473), eager 1F1B of arXiv 2211.05322. Deviations: stages go through ticks together, as `ticks.seconds`
 counts; the last stage computes nothing in its forward passes, since its backward pass
 follows at once and does. Embedding and head belong to the first and the last stage;
 their weights lie on all, and their gradients are summed over `stage` once, at the end.
@@ -47,7 +47,7 @@ from qwen_jax.train.pipeline import share as share_lib
 from qwen_jax.train.pipeline import stage as stage_lib
 from qwen_jax.train.pipeline import ticks
 
-ORDERS = ("1f1b", "interleaved")
+ORDERS = ("1f1b", "interleaved", "eager")
 
 
 def value_and_grad(
@@ -72,7 +72,8 @@ def value_and_grad(
       stages: devices along `stage` of the mesh that is set; with none set a mesh of the
         first so many devices is made.
       parts: stretches of layers on each device; more than one for "interleaved".
-      order: "1f1b" or "interleaved".
+      order: "1f1b", "interleaved", or "eager": twice the micro-batches under way, and
+        no tick in which one stage goes forward while another goes backward.
       rules: dims -> mesh axes.
       config: as of `train.step`; default: layers keep nothing but their input.
     Returns:
@@ -208,11 +209,6 @@ def _counted(counts):
     return {"counts_le": counts_le, "routed": every["routed"][0, 0]}
 
 
-def order_of(parts: int) -> str:
-    """The order for so many stretches of layers on each device."""
-    return "1f1b" if parts == 1 else "interleaved"
-
-
 def table(count: int, stages: int, parts: int, order: str) -> ticks.Table:
     """The ticks of `count` micro-batches.
 
@@ -226,14 +222,17 @@ def table(count: int, stages: int, parts: int, order: str) -> ticks.Table:
         )
     if count < 1:
         raise config_lib.InputError(f"{count} micro-batches: wanted at least 1")
-    if order == "1f1b" and parts > 1:
+    if order != "interleaved" and parts > 1:
         raise config_lib.InputError(
-            f'parts={parts} with order="1f1b", in which a device has one stretch of '
+            f'parts={parts} with order="{order}", in which a device has one stretch of '
             'layers; set parts=1 or order="interleaved"'
         )
     micros = [bubbles.Micro(1.0)] * count
     if order == "1f1b":
         ops = bubbles.one_f_one_b(micros, stages)
+    elif order == "eager":
+        ops = bubbles.eager(count, stages)
+        return ticks.table(micros, ops, turns=True)
     else:
         ops = bubbles.interleaved(count, stages, parts)
     return ticks.table(micros, ops, parts)

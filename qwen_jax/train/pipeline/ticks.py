@@ -72,6 +72,7 @@ def table(
     order: Sequence[Sequence[bubbles.Op]],
     parts: int = 1,
     size: Callable[[int], int] = int,
+    turns: bool = False,
 ) -> Table:
     """The ticks of an order.
 
@@ -81,6 +82,7 @@ def table(
       parts: stages of a device.
       size: gives the number of ticks, or slots, that the table is made for, of those
         that it needs.
+      turns: forward passes in even ticks alone, backward ones in odd.
     """
     devices = len(order)
     # Whole numbers, so that ticks come out whole.
@@ -91,7 +93,9 @@ def table(
         for p, ops in enumerate(line.devices)
         for op, begin, _ in ops
     }
-    shape = size(int(line.makespan)), devices
+    if turns:
+        ticks = _in_turns(ticks)
+    shape = size(max(ticks.values()) + 1), devices
     rows = {name: np.zeros(shape, np.int32) for name in COLUMNS}
     last = {m.group: m.number for m in micros}
     for (kind, i, stage), tick in ticks.items():
@@ -115,6 +119,20 @@ def table(
         for p, _, used, slot in placed:
             rows[name][used, p] = slot
     return Table(rows, slots)
+
+
+def _in_turns(ticks) -> dict:
+    """The same operations in the same order, each where its kind has its turn; of
+    devices with one stage each."""
+    placed, free = {}, {}
+    for (kind, i, stage), _ in sorted(ticks.items(), key=lambda one: one[1]):
+        step = 1 if kind == bubbles.FORWARD_PASS else -1
+        before = placed.get((kind, i, stage - step), -1)
+        tick = max(before + 1, free.get(stage, 0))
+        tick += tick % 2 != (kind == bubbles.BACKWARD_PASS)
+        placed[kind, i, stage] = tick
+        free[stage] = tick + 1
+    return placed
 
 
 def _handed(micros, ticks, devices, parts, ups: bool) -> Iterable:

@@ -94,6 +94,27 @@ def test_the_published_case_and_what_ticks_cost():
     ]
 
 
+@pytest.mark.parametrize(("count", "stages"), [(4, 4), (16, 4), (3, 4), (8, 2), (2, 1)])
+def test_eager_1f1b_waits_no_longer_in_ticks_than_1f1b_without(count, stages):
+    """Whatever a backward pass costs: (P - 1) / (M + P - 1) of the time; in its own
+    ticks 1F1B waits longer, for some go forward while others go backward."""
+    micros = [bubbles.Micro(1.0)] * count
+    plan = batches.table(count, stages, 1, "eager")
+    assert replay(plan, micros) == plan.order() == bubbles.eager(count, stages)
+    kinds = plan.rows["kind"]
+    assert not (kinds[0::2] == ticks.BACKWARD).any()
+    assert not (kinds[1::2] == ticks.FORWARD).any()
+    for back in (2.0, 3.0):
+        costs = {"F": 1.0, "B": back}
+        ideal = (count + stages - 1) * (1 + back)
+        assert plan.seconds(costs) == ideal
+        line = bubbles.simulate(micros, bubbles.one_f_one_b(micros, stages), 1, back)
+        assert line.makespan == ideal
+        plain = batches.table(count, stages, 1, "1f1b").seconds(costs)
+        assert plain > ideal if min(count, stages) > 1 else plain == ideal
+    assert plan.slots["x"] <= 2 * (stages - 1)
+
+
 def test_slots_are_of_what_is_under_way():
     """However many micro-batches there are: as many as there are stages, at most."""
     for stages, count in itertools.product((2, 4), (4, 8, 32)):
