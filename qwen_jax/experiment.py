@@ -30,6 +30,8 @@ MAY_CHANGE = (
     "train.micro_rows",
     "train.chunk_tokens",
     "train.live_chunks",
+    "train.stage_order",
+    "train.stage_parts",
     "train.max_skipped",
     "optim.decay_steps",
     "model.attention",
@@ -80,6 +82,10 @@ class TrainConfig:
     # their backward pass; 0 = whole rows.
     chunk_tokens: int = 0
     live_chunks: int = 1
+    # Along mesh.stage (see train.pipeline): the order of micro-batches, 1f1b, eager or
+    # interleaved, which has several stretches of layers on each device.
+    stage_order: str = "1f1b"
+    stage_parts: int = 1
     # A model folder to start from, its tokenizer with it; "" = random weights.
     init_from: str = ""
 
@@ -88,8 +94,9 @@ class TrainConfig:
             raise ValueError(f"loop={self.loop!r}: wanted scan or unroll")
         _not_negative(self, "num_steps", "tokens", "batch_tokens", "micro_rows")
         _not_negative(self, "mtp_coef", "chunk_tokens")
-        if self.live_chunks < 1:
-            raise ValueError(f"live_chunks={self.live_chunks} must be at least 1")
+        for name in ("live_chunks", "stage_parts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.chunk_tokens and self.micro_rows:
             raise ValueError(
                 f"micro_rows={self.micro_rows} is of whole rows and chunk_tokens="

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device mesh, the rules that lay dims on it, and the ops that change a layout.
 
-The mesh has five Explicit axes, always all of them (size 1 costs nothing):
-`data` (replicas), `fsdp` (replicas that split the weights' `embed` dim and gather it
-where it is used), `tensor` (heads, ffn and vocabulary), `expert` (replicas, too,
-that split the experts and exchange tokens) and `context` (splits the tokens of a row,
-in training). `Rules` maps a dim's name to axes; a planner's result is another `Rules`.
+The mesh has six Explicit axes, always all of them (size 1 costs nothing): `data`
+(replicas), `fsdp` (replicas that split the weights' `embed` dim and gather it where it
+is used), `tensor` (heads, ffn and vocabulary), `expert` (replicas, too, that split the
+experts and exchange tokens), `context` (splits the tokens of a row, in training) and
+`stage` (stretches of the layers, see `train.pipeline`). `Rules` maps a dim's name to
+axes; a planner's result is another `Rules`.
 
 Tokens lie in the order of `zigzag` where they are split, and attention and the linear
 layers alone look beyond a device's own; what decodes keeps rows whole (`Rules.whole`).
@@ -16,7 +17,8 @@ written in the code. All of them go through this file (`einsum`, `gather`, `resh
 notebook, one device) each op is its plain twin.
 
 TPU slices that train together share only a slow network: they lie along `data`, whole,
-so that what crosses it is the sum of gradients.
+so that what crosses it is the sum of gradients. Stages hand on less than anything else
+inside a slice: they lie farther apart than all axes but `data`.
 
 Units: `MeshConfig` sizes are counts of devices; -1 (one axis at most) takes the rest.
 Raises: config.InputError for sizes that do not multiply to the devices at hand, for
@@ -32,7 +34,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -40,7 +41,11 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import config
 
-AXES = ("data", "fsdp", "tensor", "expert", "context")
+AXES = ("data", "fsdp", "tensor", "expert", "context", "stage")
+# Neighbours in the network are, of later axes before earlier ones, those that wait for
+# what they send; keys that go round travel while a device computes, and stages send
+# little.
+PLACED = ("data", "stage", "fsdp", "context", "tensor", "expert")
 CONTEXT_WAYS = ("ring", "gather")
 
 
@@ -53,6 +58,7 @@ class MeshConfig:
     tensor: int = 1
     expert: int = 1
     context: int = 1
+    stage: int = 1
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """Devices along each of `AXES` for `num_devices`, with -1 filled in."""
@@ -88,20 +94,18 @@ def make(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"devices, {len(devices)} are here; set one of --config.mesh.data, .fsdp, "
             ".tensor to -1 to take the rest"
         )
-    # Nearest neighbours are for `tensor` and `expert`, which wait for what they send:
-    # keys that go round travel while a device computes.
-    data, fsdp, tensor, expert, context = sizes
-    near = data, fsdp, context, tensor, expert
+    placed = [sizes[AXES.index(axis)] for axis in PLACED]
     try:
-        array = _arranged(near, devices)
+        array = _arranged(placed, devices)
     except NotImplementedError:  # no axes of the TPU's torus multiply to these sizes
-        array = _arranged(near, devices, allow_split_physical_axes=True)
-    array = array.transpose(0, 1, 3, 4, 2)
+        array = _arranged(placed, devices, allow_split_physical_axes=True)
+    array = array.transpose([PLACED.index(axis) for axis in AXES])
     return Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def _arranged(sizes: tuple[int, ...], devices: list[Any], **split: bool) -> Any:
-    """`devices` as an array of `sizes`, neighbours in the network side by side."""
+def _arranged(sizes: list[int], devices: list[Any], **split: bool) -> Any:
+    """`devices` as an array of `sizes` (of `PLACED`), neighbours in the network side by
+    side."""
     # The devices of a GPU run tell of slices, too, one for each host. Those may split
     # weights between them, and the order of devices keeps hosts together.
     on_tpu = devices[0].platform == "tpu"
@@ -110,12 +114,12 @@ def _arranged(sizes: tuple[int, ...], devices: list[Any], **split: bool) -> Any:
         return mesh_utils.create_device_mesh(sizes, devices, **split)
     if sizes[0] % slices:
         raise config.InputError(
-            f"mesh.data={sizes[0]}: data must be a multiple of "
+            f"mesh {dict(zip(PLACED, sizes, strict=True))}: data must be a multiple of "
             f"the {slices} TPU slices, between which the network is slow; set "
             "--config.mesh.data=-1 and let the other axes divide the "
             f"{len(devices) // slices} devices of one slice"
         )
-    inner, outer = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
+    inner, outer = [sizes[0] // slices, *sizes[1:]], [slices, *(1 for _ in sizes[1:])]
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
 
 
@@ -247,7 +251,8 @@ def gather(
     """
     spread, embed = rules.spread, names(rules.embed)
     dtype = dtype or w.dtype
-    if axis_size(spread) == 1 or not set(embed) <= set(spread):
+    alone = axis_size(spread) == 1 or nested()
+    if alone or not set(embed) <= set(spread):
         return reshard(w.astype(dtype), rules.gathered(*dims))
     wide = (
         dtype if reduce_dtype == "compute" else jnp.promote_types(dtype, reduce_dtype)
@@ -272,7 +277,7 @@ def _gather_bwd(rules, dims, dtypes, _, grad):
         return jax.lax.psum(g, tuple(a for a in spread if a in rest)) if rest else g
 
     spec = P(*rules.gathered(*dims), unreduced=set(spread))
-    run = jax.shard_map(scatter, in_specs=spec, out_specs=rules.pspec(*dims))
+    run = local(scatter, inputs=spec, out=rules.pspec(*dims))
     _, wide, own = dtypes
     return (run(grad.astype(wide)).astype(own),)
 
@@ -438,7 +443,33 @@ def local(fn: Callable, *, inputs: Any, out: Any, checked: bool = True) -> Calla
     """
     if not active():
         return fn
-    return jax.shard_map(fn, in_specs=inputs, out_specs=out, check_vma=checked)
+    here = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        fn,
+        axis_names=set(here.axis_names) - set(here.manual_axes),
+        in_specs=inputs,
+        out_specs=out,
+        check_vma=checked and not nested(),
+    )
+
+
+def nested() -> bool:
+    """Whether this is inside a stage of a pipeline, where `local` proves nothing.
+
+    JAX (0.10.2) cannot differentiate a checked shard_map inside another: residuals get
+    a dim for each axis that they differ over, those of the outer one among them. In one
+    that is not checked, the cotangent of a result that is the same along an axis comes
+    in equal parts to the devices along it.
+    """
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def staged(fn: Callable, *, inputs: Any, out: Any) -> Callable:
+    """`fn` run by each stage of a pipeline: `inputs` and `out` name the axis `stage`
+    alone; inside, the others are as they are outside. Wants a mesh that is set."""
+    return jax.shard_map(
+        fn, axis_names={"stage"}, in_specs=inputs, out_specs=out, check_vma=False
+    )
 
 
 def varying(x: jax.Array) -> frozenset[str]:

@@ -27,7 +27,7 @@ from qwen_jax.models import attention, context, decoder, flops, hf_config
 from qwen_jax.optim import build, derive
 from qwen_jax.plan import chips, memory, micro
 from qwen_jax.plan import chunks as chunk_costs
-from qwen_jax.train import chunkflow, state, step
+from qwen_jax.train import chunkflow, pipeline, state, step
 from qwen_jax.train.chunkflow import chunks, layers
 from qwen_jax.train.chunkflow import step as chunk_step
 
@@ -87,12 +87,7 @@ def set_up(
             f"data.seq_tokens={exp.data.seq_tokens} passes model.max_positions="
             f"{spec.max_positions}; set one of them"
         )
-    if exp.rules.layers:
-        raise config.InputError(
-            f"rules.layers={exp.rules.layers!r}: layers are computed one after "
-            "another, so their dim stays whole; set --config.rules.layers=None, and "
-            "split weights by rules.embed"
-        )
+    _check_stages(exp, device_mesh.shape["stage"])
     context_ways = _tokens_ways(device_mesh, exp.rules)
     if device_mesh.shape["context"] > 1 or context_ways > 1:
         _check_context(exp, context_ways)
@@ -122,6 +117,7 @@ def set_up(
     train = dataclasses.replace(exp.train, batch_tokens=derivation.batch_tokens)
     exp = dataclasses.replace(exp, optim=derivation.optim, train=train)
     batch = _batch(exp, device_mesh, ways, derivation.batch_tokens)
+    staged = _stage_lines(exp, device_mesh.shape["stage"], batch)
     shape = ", ".join(f"{k} {v}" for k, v in device_mesh.shape.items())
     outside = flops.num_non_embedding(spec)
     lines = (
@@ -129,6 +125,7 @@ def set_up(
         f"mesh: {shape} ({device_mesh.size} {first.device_kind} devices)",
         *derivation.lines,
         batch.line,
+        *staged,
     )
     return exp, Setup(exp, device_mesh, derivation, batch, lines)
 
@@ -157,6 +154,11 @@ def _check_context(exp: experiment.Experiment, ways: int) -> None:
         )
     depths = spec.mtp_layers if train.mtp_coef else 0
     context.check(spec, exp.data.seq_tokens, ways, depths=depths)
+    if exp.mesh.stage > 1:
+        raise config.InputError(
+            f"mesh.stage={exp.mesh.stage} and mesh.context={ways}: stages take whole "
+            "rows; set --config.mesh.stage=1 or --config.mesh.context=1"
+        )
     if train.chunk_tokens:
         raise config.InputError(
             f"train.chunk_tokens={train.chunk_tokens} and mesh.context={ways}: rows go "
@@ -177,6 +179,9 @@ def _batch(exp: experiment.Experiment, device_mesh: Any, ways: int, tokens: int)
         remat=train.remat,
     )
     context_ways = _tokens_ways(device_mesh, exp.rules)
+    # Stages want many micro-batches, and so the smallest.
+    staged = device_mesh.shape["stage"] > 1 and not train.micro_rows
+    one_each = train.chunk_tokens or staged
     one, several = held(tokens=1, micro_steps=1), held(tokens=1, micro_steps=2)
     batch = micro.derive(
         batch_tokens=tokens,
@@ -187,7 +192,7 @@ def _batch(exp: experiment.Experiment, device_mesh: Any, ways: int, tokens: int)
         activation_bytes_per_token=-(-(one.total - one.fixed) // context_ways),
         memory_bytes=chips.memory_bytes(first),
         platform=first.platform,
-        micro_rows=ways if train.chunk_tokens else train.micro_rows,
+        micro_rows=ways if one_each else train.micro_rows,
     )
     if not train.chunk_tokens:
         return batch
@@ -210,6 +215,63 @@ def chunk_memory(setup: Setup) -> chunk_costs.Estimate:
         live_chunks=train.live_chunks,
         chunks=chunks.rounded(most),
     )
+
+
+def _check_stages(exp: experiment.Experiment, stages: int) -> None:
+    """Refuse layers that lie along something else than the stages that compute them."""
+    layers, train, spec = exp.rules.layers, exp.train, exp.model
+    if stages == 1 and layers:
+        raise config.InputError(
+            f"rules.layers={layers!r}: layers are computed one after another, so their "
+            "dim stays whole; set --config.rules.layers=None, and split weights by "
+            "rules.embed, or set --config.mesh.stage above 1 for a pipeline"
+        )
+    if stages == 1 and train.stage_parts > 1:
+        raise config.InputError(
+            f"train.stage_parts={train.stage_parts} is of a pipeline, and "
+            "mesh.stage=1: set one of them"
+        )
+    if stages == 1:
+        return
+    if layers != "stage":
+        raise config.InputError(
+            f"mesh.stage={stages} and rules.layers={layers!r}: each stage has its own "
+            "layers; set --config.rules.layers=stage, or --config.mesh.stage=1"
+        )
+    if train.chunk_tokens:
+        raise config.InputError(
+            f"train.chunk_tokens={train.chunk_tokens} and mesh.stage={stages}: runs go "
+            "through stages in whole rows (chunks do in "
+            "train.pipeline.chunked_value_and_grad); set one of them"
+        )
+    if spec.mtp_layers and train.mtp_coef:
+        raise config.InputError(
+            f"mesh.stage={stages} and the model has {spec.mtp_layers} layers for "
+            "further tokens, which no stage has; set --config.train.mtp_coef=0 to "
+            "leave them untrained"
+        )
+    if exp.mesh.fsdp != 1 and exp.mesh.expert != 1:
+        raise config.InputError(
+            f"mesh.stage={stages} with mesh.fsdp={exp.mesh.fsdp} and mesh.expert="
+            f"{exp.mesh.expert}: one of them at a time inside stages; set "
+            "--config.mesh.fsdp=1 or --config.mesh.expert=1"
+        )
+    pipeline.share_of(spec, stages, train.stage_parts)
+
+
+def _stage_lines(exp: experiment.Experiment, stages: int, batch: Any) -> tuple:
+    """How the pipeline goes; refuses an order that its micro-batches do not make."""
+    if stages == 1:
+        return ()
+    parts, count = exp.train.stage_parts, batch.micro_steps
+    order = exp.train.stage_order
+    plan = pipeline.table(count, stages, parts, order)
+    ticks, share = len(plan.rows["kind"]), 2 * count * parts
+    line = (
+        f"pipeline = {stages} stages x {parts} stretches, {order}, {count} "
+        f"micro-batches in {ticks} ticks, in {ticks - share} of which a stage waits"
+    )
+    return (line,)
 
 
 def _check_chunks(exp: experiment.Experiment) -> None:
@@ -257,9 +319,25 @@ def compile_step(setup: Setup) -> Any:
     exp = setup.exp
     if setup.chunks is not None:
         return _compile_chunks(setup)
-    fn = step.compile_step(exp.model, setup.tx, exp.rules, setup.step_config)
+    of = None
+    if setup.device_mesh.shape["stage"] > 1:
+        parts = exp.train.stage_parts
+        how = {"parts": parts, "order": exp.train.stage_order}
+        of = functools.partial(pipeline.gradients, **how)
+    fn = step.compile_step(exp.model, setup.tx, exp.rules, setup.step_config, of)
     with jax.set_mesh(setup.device_mesh):
         return fn.lower(*abstract_inputs(setup)).compile()
+
+
+def whole_layers(setup: Setup, weights: Any) -> Any:
+    """The weights with all layers on every stage, for programs without stages."""
+    if not setup.exp.rules.layers:
+        return weights
+    rules = dataclasses.replace(setup.exp.rules, layers=None)
+    tree = decoder.decoder_params(setup.exp.model)
+    layout = params.shardings(tree, setup.device_mesh, rules)
+    with jax.set_mesh(setup.device_mesh):
+        return jax.jit(lambda weights: weights, out_shardings=layout)(weights)
 
 
 def _compile_chunks(setup: Setup) -> chunk_step.Compiled:

@@ -282,6 +282,7 @@ class Session:
         """Held-out loss, into the metrics and on the terminal."""
         if self.heldout is None:
             self._open_heldout()
+        weights = prepare.whole_layers(self.setup, weights)
         scores = perplexity.evaluate(
             self.eval_sums, weights, self.heldout, self.bytes_v
         )
@@ -311,7 +312,7 @@ class Session:
 
     def sample(self, number: int, weights: Any) -> None:
         """Continue the prompts and print what came."""
-        wanted = self.exp.sample
+        wanted, weights = self.exp.sample, prepare.whole_layers(self.setup, weights)
         seed = rng.seed_for(self.exp.seed, f"sample/{number}")
         ids = [
             [self.vocabulary.eos_id, *self.vocabulary.encode(text)]
@@ -360,6 +361,7 @@ class Session:
 
     def export(self, weights: Any) -> None:
         """The Hugging Face folder of the final weights."""
+        weights = prepare.whole_layers(self.setup, weights)
         export.write(self.exp.model, weights, self.vocabulary, self.workdir / "export")
 
     def _end(self, num_steps: int, failed: bool) -> None:

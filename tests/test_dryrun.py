@@ -111,7 +111,7 @@ def test_it_writes_nothing_but_the_json(tmp_path, capsys, monkeypatch):
     assert code == 0, err
     assert [p.name for p in tmp_path.iterdir()] == ["numbers.json"]
     numbers = json.loads(out.read_text())
-    sizes = {"data": 4, "fsdp": 2, "tensor": 1, "expert": 1, "context": 1}
+    sizes = {"data": 4, "fsdp": 2, "tensor": 1, "expert": 1, "context": 1, "stage": 1}
     assert numbers["mesh"] == sizes
     assert f"{numbers['compiled']['peak'] / GIB:.3f}" in printed
     for word in ("weights", "optimizer", "activations kept", "FLOPs of a step",

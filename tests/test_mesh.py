@@ -47,21 +47,21 @@ def assert_lies(x, devices, spec):
 # --- sizes ---
 
 
-def test_a_mesh_has_five_axes_and_all_devices(devices):
-    sizes = {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1, "context": 1}
+def test_a_mesh_has_all_axes_and_all_devices(devices):
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1, "context": 1, "stage": 1}
     assert dict(devices.shape) == sizes
     assert set(devices.axis_types) == {jax.sharding.AxisType.Explicit}
     assert dict(mesh.make(mesh.MeshConfig()).shape)["data"] == jax.device_count()
 
 
 def test_minus_one_is_the_rest():
-    assert mesh.MeshConfig().sizes(8) == (8, 1, 1, 1, 1)
-    assert mesh.MeshConfig(2, -1, 2).sizes(8) == (2, 2, 2, 1, 1)
-    assert mesh.MeshConfig(1, 2, -1).sizes(2) == (1, 2, 1, 1, 1)
-    assert mesh.MeshConfig(2, 3, 4).sizes(8) == (2, 3, 4, 1, 1)  # `make` compares
+    assert mesh.MeshConfig().sizes(8) == (8, 1, 1, 1, 1, 1)
+    assert mesh.MeshConfig(2, -1, 2).sizes(8) == (2, 2, 2, 1, 1, 1)
+    assert mesh.MeshConfig(1, 2, -1).sizes(2) == (1, 2, 1, 1, 1, 1)
+    assert mesh.MeshConfig(2, 3, 4).sizes(8) == (2, 3, 4, 1, 1, 1)  # `make` compares
 
 
-@given(st.tuples(*[st.integers(-2, 9)] * 5), st.integers(1, 64))
+@given(st.tuples(*[st.integers(-2, 9)] * len(mesh.AXES)), st.integers(1, 64))
 def test_sizes_are_as_given_and_fill_the_devices_or_are_refused(given, devices):
     open_ends, fixed = given.count(-1), abs(math.prod(given))
     wrong = min(given) < -1 or 0 in given or open_ends > 1
@@ -80,11 +80,11 @@ def test_sizes_are_as_given_and_fill_the_devices_or_are_refused(given, devices):
     [
         (
             (-1, -1, 1),
-            "'fsdp': -1, 'tensor': 1, 'expert': 1, 'context': 1}: sizes are positive",
+            "'fsdp': -1, 'tensor': 1, 'expert': 1, 'context': 1, 'stage': 1}: sizes",
         ),
         (
             (0, 1, 1),
-            "mesh {'data': 0, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'context': 1}",
+            "mesh {'data': 0, 'fsdp': 1, 'tensor': 1, 'expert': 1, 'context': 1, ",
         ),
         ((-1, 3, 1), "8 devices are not a multiple of 3; change --config.mesh.*"),
         ((2, 2, 1), "needs 4 devices, 8 are here; set one of --config.mesh.data, .fs"),
@@ -155,6 +155,15 @@ def test_slices_that_do_not_divide_data_are_told_with_the_fix(slices, sizes):
     told = str(caught.value)
     assert f"data must be a multiple of the {slices} TPU slices" in told
     assert "--config.mesh.data=-1" in told and "the 4 devices of one slice" in told
+
+
+def test_stages_lie_farther_apart_than_what_is_inside_one():
+    """Two hosts of four GPUs: each has a stage, whose weights and heads it splits."""
+    devices = chips(2, (4, 1, 1), platform="gpu", device_kind="NVIDIA H100")
+    made = mesh.make(mesh.MeshConfig(1, 2, 2, stage=2), devices)
+    hosts = np.vectorize(lambda d: d.slice_index)(made.devices)
+    assert hosts.shape == (1, 2, 2, 1, 1, 2)
+    assert (hosts[..., 0] == 0).all() and (hosts[..., 1] == 1).all()
 
 
 def test_hosts_of_gpus_may_split_weights_between_them():

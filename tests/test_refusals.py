@@ -117,6 +117,8 @@ def refused(monkeypatch, capsys, workdir):
             ["context_attention='rnig'; did you mean 'ring'?"],
         ),
         ("rules.layers=data", ["rules.layers='data'", "--config.rules.layers=None"]),
+        ("mesh.stage=2", ["=2 and rules.layers=None", "--config.rules.layers=stage"]),
+        ("train.stage_parts=2", ["=2 is of a pipeline, and mesh.stage=1: set one of"]),
         ("data.seq_tokens=256", ["=256 passes model.max_positions=128; set one"]),
         (
             "data.vocab_size=512",
@@ -156,6 +158,21 @@ def test_float32_sums_over_axes_that_the_rows_do_not_lie_on(refused, workdir, da
         "needs the axes of rules.embed among those of rules.batch, fsdp is not" in err
     )
     assert "--config.model.reduce_dtype=compute" in err
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ("train.stage_parts=2", "2 layers on 2 stages x 2 parts: wanted a multiple"),
+        ("train.chunk_tokens=16", "train.chunk_tokens=16 and mesh.stage=2: runs go"),
+        ("mesh.expert=2", "mesh.fsdp=2 and mesh.expert=2: one of them at a time"),
+        ("model.mtp_layers=1", "1 layers for further tokens, which no stage has"),
+    ],
+)
+def test_what_no_stage_takes(refused, workdir, data, more, told):
+    staged = ["--config.mesh.stage=2", "--config.rules.layers=stage"]
+    staged += ["--config.mesh.fsdp=2", f"--config.{more}", "--config.export=false"]
+    assert told in refused(*runs.words(workdir, data, *staged, arg="adamw"))
 
 
 def test_heads_that_the_tensor_axis_does_not_divide(refused, workdir, data):

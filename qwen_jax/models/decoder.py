@@ -248,6 +248,22 @@ def hidden(
     (cos_btk, sin_btk), chunked = places.of_rows(spec, b, t, positions, segments, rules)
     deep = 0 if deep_lbtd is None else len(deep_lbtd)
     params = params | {"layers": stretches.with_deep(params["layers"], deep_lbtd)}
+    x, stats = through(
+        *(spec, params, x, tokens_bt, (cos_btk, sin_btk), chunked),
+        segments=segments,
+        rules=rules,
+        loop=loop,
+        remat=remat,
+        deep=deep,
+    )
+    return streams.end(params, x, spec, rules), stats
+
+
+def through(
+    spec, params, x, tokens_bt, angles, chunked, *, segments, rules, loop, remat, deep=0
+):
+    """The residual through `params["layers"]`: (what stands behind them, what routers
+    counted or None); the rest as of `hidden`, `places.of_rows`."""
     kinds = stretches.kinds(spec, deep)
     layer_for = functools.partial(
         block, spec, rules, remat=remat, scanned=loop == "scan", chunked=chunked
@@ -258,7 +274,7 @@ def hidden(
     layers = ngram_lib.attach(spec, layers, tokens_bt, segments, None, rules)
     if isinstance(layers, list):
         for kind, p in zip(kinds, layers, strict=True):
-            x, stats = layer_for(kind)(p, x, cos_btk, sin_btk, segments)
+            x, stats = layer_for(kind)(p, x, *angles, segments)
             counted += [] if stats is None else [jax.tree.map(lambda x: x[None], stats)]
     else:
         owners = stretches.owners(spec, deep)
@@ -269,7 +285,7 @@ def hidden(
                 for kind, p in zip(
                     stretch.kinds, stretches.layers_in(part, stretch), strict=True
                 ):
-                    x, stats = layer_for(kind)(p, x, cos_btk, sin_btk, segments)
+                    x, stats = layer_for(kind)(p, x, *angles, segments)
                     counted += [] if stats is None else [stats]
                 return x, stretches.stacked(counted)
 
@@ -278,7 +294,7 @@ def hidden(
             if stats is not None:
                 counted.append(jax.tree.map(mesh.join_first, stats))
     stats = jax.tree.map(lambda *xs: jnp.concatenate(xs), *counted) if counted else None
-    return streams.end(params, x, spec, rules), stats
+    return x, stats
 
 
 def embed_tokens(spec, params, tokens_bt, segments, *, images, videos, rules, saved):

@@ -72,6 +72,7 @@ def moe(
     batch = rules.spread if mesh.active() else ()
     tensor = mesh.names(rules.ffn) if mesh.active() else ()
     split = mesh.names(rules.experts) if mesh.axis_size(rules.experts) > 1 else ()
+    known = not mesh.nested()  # over which axes what differs
 
     def run(x_btd, segments_bt, router_de, gate_edf, up_edf, down_efd):
         x_md = x_btd.reshape(-1, x_btd.shape[-1])
@@ -90,7 +91,7 @@ def moe(
         stats["dropped"] = dropped
         if mesh.active():
             y_md = jax.lax.psum(y_md, tensor)
-            over = {k: mesh.varying(v) for k, v in stats.items()}
+            over = {k: mesh.varying(v) if known else batch for k, v in stats.items()}
             # A count that differs along `tensor` is the same along it.
             stats = {
                 k: jax.lax.psum(v, tuple(over[k]))

@@ -125,6 +125,23 @@ def one_f_one_b(
     return out
 
 
+def eager(count: int, devices: int) -> list[list[Op]]:
+    """Eager 1F1B (arXiv 2211.05322): a device that is P - p - 1 stages before the last
+    has twice as many forward passes ahead. In ticks that devices go through together it
+    waits no longer than 1F1B does without: all go forward in one, backward in the next.
+    """
+    out = []
+    for p in range(devices):
+        ahead = min(2 * (devices - p - 1), count)
+        ops = [Op(FORWARD_PASS, i) for i in range(ahead)]
+        for i in range(count):
+            if ahead + i < count:
+                ops.append(Op(FORWARD_PASS, ahead + i))
+            ops.append(Op(BACKWARD_PASS, i))
+        out.append(ops)
+    return out
+
+
 def interleaved(count: int, devices: int, parts: int) -> list[list[Op]]:
     """The operations of each device with `parts` stages each, for `count` micro-batches
     alike, a multiple of `devices`.
@@ -158,9 +175,13 @@ def interleaved(count: int, devices: int, parts: int) -> list[list[Op]]:
 
 
 def simulate(
-    micros: Sequence[Micro], ops: Sequence[Sequence[Op]], parts: int = 1
+    micros: Sequence[Micro],
+    ops: Sequence[Sequence[Op]],
+    parts: int = 1,
+    backward: float = BACKWARD,
 ) -> Timeline:
-    """When everything happens. Stage s = part * devices + device.
+    """When everything happens. Stage s = part * devices + device; a backward pass is
+    `backward` times a forward one.
 
     Raises:
       RuntimeError: the devices wait for each other.
@@ -196,7 +217,7 @@ def simulate(
                     break
                 begin = max([free[p], *times])
                 share = micros[op.micro].cost / parts
-                end = begin + share * (BACKWARD if op.kind == BACKWARD_PASS else 1)
+                end = begin + share * (backward if op.kind == BACKWARD_PASS else 1)
                 ended[op.kind, op.micro, stage] = free[p] = end
                 made[p].append((op, begin, end))
                 at[p] += 1

@@ -67,6 +67,7 @@ def cross_entropy(
     chunk = chunk or _chunk(rows, each, w_vd.shape[0] // ways)
     batch_axes = rules.spread
     vocab_axes = mesh.names(rules.vocab) if mesh.active() else ()
+    spread = vocab_axes if mesh.nested() else ()
     # Axes of the width alone gather equal parts: out here, where the type says so.
     embed_axes = tuple(a for a in mesh.names(rules.embed) if a in batch_axes)
     lies = jax.P(*rules.pspec("vocab"), embed_axes or None)
@@ -81,7 +82,8 @@ def cross_entropy(
             if mesh.axis_size(axis) > 1:
                 w = jax.lax.all_gather(w, axis, axis=1, tiled=True)
         w = w.astype(x.dtype)
-        total, nll, z = _chunked(x, w, targets, mask, z_coef, chunk, vocab_axes)
+        how = z_coef, chunk, vocab_axes, spread
+        total, nll, z = _chunked(x, w, targets, mask, *how)
         sums = jnp.stack([total, nll, z])
         return jax.lax.psum(sums, batch_axes) if mesh.active() else sums
 
@@ -105,22 +107,24 @@ def _chunk(rows: int, t: int, v: int) -> int:
     return max(1, min(t, 1 << int(math.log2(max(fit, 1)))))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _chunked(x, w, targets, mask, z_coef, chunk, vocab_axes):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _chunked(x, w, targets, mask, z_coef, chunk, vocab_axes, spread):
     sums, _ = _run(x, w, targets, mask, z_coef, chunk, vocab_axes, grad=False)
     return sums
 
 
-def _chunked_fwd(x, w, targets, mask, z_coef, chunk, vocab_axes):
+def _chunked_fwd(x, w, targets, mask, z_coef, chunk, vocab_axes, spread):
     sums, grads = _run(x, w, targets, mask, z_coef, chunk, vocab_axes, grad=True)
     return sums, grads
 
 
-def _chunked_bwd(z_coef, chunk, vocab_axes, grads, cotangents):
+def _chunked_bwd(z_coef, chunk, vocab_axes, spread, grads, cotangents):
     # Only `total` is differentiated; nll and z are reported.
     dx, dw = grads
     scale = cotangents[0]
-    return (dx * scale.astype(dx.dtype)), (dw * scale.astype(dw.dtype)), None, None
+    # Parts of dx are summed again outside; each row of dw is here alone.
+    whole = jax.lax.psum(scale, spread) if spread else scale
+    return (dx * scale.astype(dx.dtype)), (dw * whole.astype(dw.dtype)), None, None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)

@@ -78,7 +78,7 @@ def loss_fn(
         spec,
         params,
         batch["tokens_bt"],
-        positions=None if see else _positions(batch, spec, config),
+        positions=None if see else positions_of(batch, spec, config),
         segments=batch["segments_bt"] if config.document_mask else None,
         **see,
         rules=rules,
@@ -122,7 +122,7 @@ def loss_fn(
     return loss, parts
 
 
-def _positions(batch, spec, config):
+def positions_of(batch, spec, config) -> jax.Array | None:
     """Those of the batch, which dual chunks count themselves from its segments."""
     known = config.document_mask and spec.dual_chunk is None
     return batch["positions_bt"] if known else None
@@ -136,7 +136,7 @@ def _further(params, hidden_btd, batch, whole, *, spec, rules, config):
         params,
         hidden_btd,
         batch["tokens_bt"],
-        positions=_positions(batch, spec, config),
+        positions=positions_of(batch, spec, config),
         segments=batch["segments_bt"] if config.document_mask else None,
         rules=rules,
         remat=config.remat,
@@ -160,12 +160,7 @@ def gradients(
     params: Any, batch: dict[str, jax.Array], *, spec, rules, config
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Gradient of the mean loss of a global batch [micro, rows, t], and its sums."""
-    whole = {"targets": jnp.maximum(jnp.sum(batch["mask_bt"]), 1.0)}
-    if spec.moe is not None:
-        real = jnp.sum(batch["segments_bt"] > 0).astype(jnp.float32)
-        every = jnp.float32(batch["segments_bt"].size)
-        whole["tokens"] = jnp.maximum(real, 1.0) if config.document_mask else every
-    depths = config.depths(spec)
+    whole, depths = whole_of(batch, spec, config), config.depths(spec)
     if depths:
         counts = [jnp.sum(mtp.targets(batch, depth)[1]) for depth in range(depths)]
         whole["mtp_targets"] = jnp.maximum(jnp.stack(counts), 1.0)
@@ -186,6 +181,17 @@ def gradients(
     zeros = (jax.tree.map(jnp.zeros_like, params), zero)
     (grads, parts), _ = jax.lax.scan(body, zeros, batch)
     return grads, parts | whole
+
+
+def whole_of(batch, spec, config) -> dict[str, jax.Array]:
+    """Targets of a global batch, and with routers its tokens: what losses are divided
+    by."""
+    whole = {"targets": jnp.maximum(jnp.sum(batch["mask_bt"]), 1.0)}
+    if spec.moe is not None:
+        real = jnp.sum(batch["segments_bt"] > 0).astype(jnp.float32)
+        every = jnp.float32(batch["segments_bt"].size)
+        whole["tokens"] = jnp.maximum(real, 1.0) if config.document_mask else every
+    return whole
 
 
 def no_sums(spec: spec_lib.Spec, depths: int = 0) -> dict[str, jax.Array]:
@@ -223,9 +229,12 @@ def train_step(
     rules: mesh.Rules,
     config: StepConfig,
     bytes_v: jax.Array | None = None,
+    gradients_of: Callable | None = None,
 ) -> tuple[state_lib.State, dict[str, jax.Array]]:
-    """One update: whatever changes comes in and goes out."""
-    grads, parts = gradients(state.params, batch, spec=spec, rules=rules, config=config)
+    """One update: whatever changes comes in and goes out; `gradients_of`: something
+    else that gives what `gradients` does."""
+    run = gradients_of or gradients
+    grads, parts = run(state.params, batch, spec=spec, rules=rules, config=config)
     state, metrics = updated(state, grads, parts, spec=spec, tx=tx, config=config)
     metrics["padding"] = jnp.sum(batch["segments_bt"] == 0)
     metrics["places"] = batch["segments_bt"].size
@@ -288,9 +297,11 @@ def compile_step(
     tx: optax.GradientTransformation,
     rules: mesh.Rules,
     config: StepConfig,
+    gradients_of: Callable | None = None,
 ) -> Callable:
     """`step(state, batch, bytes_v) -> (state, metrics)`, jitted, state donated."""
-    fn = functools.partial(train_step, spec=spec, tx=tx, rules=rules, config=config)
+    how = {"spec": spec, "tx": tx, "rules": rules, "config": config}
+    fn = functools.partial(train_step, **how, gradients_of=gradients_of)
     return jax.jit(
         lambda state, batch, bytes_v: fn(state, batch, bytes_v=bytes_v),
         donate_argnums=0,

@@ -31,7 +31,7 @@ from tests.run.here import LEAN, back_to
 def test_a_run_folder_explains_itself(finished):
     facts = json.loads((finished / "run.json").read_text())
     assert facts["config"]["train"]["num_steps"] == 9 and facts["seed"] == 3
-    sizes = {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1, "context": 1}
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1, "context": 1, "stage": 1}
     assert facts["mesh"] == sizes
     assert "qwen-jax run --config" in facts["resume_command"]
     assert facts["versions"]["jax"] == jax.__version__

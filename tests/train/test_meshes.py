@@ -68,7 +68,8 @@ def resolved(folder, optimizer="muon", sizes=(1, 1, 1), **more):
 
 
 def set_up(exp):
-    sizes = (exp.mesh.data, exp.mesh.fsdp, exp.mesh.tensor, exp.mesh.context)
+    axes = ("data", "fsdp", "tensor", "context", "stage")
+    sizes = [getattr(exp.mesh, axis) for axis in axes]
     return prepare.set_up(exp, jax.devices()[: np.prod(sizes)])
 
 
@@ -176,6 +177,15 @@ def test_rows_over_devices_have_the_same_losses(sizes, more, data, alone):
         check(data, lambda optimizer: wanted, "adamw", sizes, **more)
     else:
         check(data, alone, "adamw", sizes, **more)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sizes"),
+    [("muon", (2, 1, 1)), pytest.param("adamw", (1, 2, 2), marks=pytest.mark.slow)],
+)
+def test_stages_have_the_same_losses(optimizer, sizes, data, alone):
+    more = {"mesh.stage": "2", "rules.layers": "stage"}
+    check(data, alone, optimizer, sizes, **more)
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def no_sums(spec: spec_lib.Spec, params: Any) -> Sums:
 
 
 @struct.dataclass
-class _Store:
+class Store:
     """What goes from chunk to chunk: the buffers; states and tail segments before each
     chunk; the ring of what waits for its backward pass; forward passes so far."""
 
@@ -105,13 +105,16 @@ def gradients(
     """
     n, b, t = batch["tokens_bt"].shape
     d_stats = no_stats(spec) if d_stats is None else d_stats
-    store, d_held = _fresh(spec, n, b, t, min(live, n), kv_grad_dtype, rules)
+    k = min(live, n)
+    store, d_held = fresh(spec, n, b, t, k, kv_grad_dtype, rules)
 
-    def forward(i, store):
-        return _forward(spec, params, _chunk(batch, i), store, i, rules)
+    def through(i, store):
+        here = chunk(batch, i)
+        x = layers_lib.embedded(spec, params, here, rules)
+        return forward(spec, params, here, store, i, rules, x, i % k)
 
     def first(i, carry):
-        store, counts = forward(i, carry[0])
+        store, counts = through(i, carry[0])
         return store, added(carry[1], counts)
 
     store, stats = jax.lax.fori_loop(0, count, first, (store, acc.stats))
@@ -121,16 +124,16 @@ def gradients(
         i = count - 1 - m
         # A loop of none or one turn: a branch would copy the buffers.
         again = jnp.where(i < count - live, 1, 0)
-        store = jax.lax.fori_loop(0, again, lambda _, s: forward(i, s)[0], store)
-        chunk, part = _chunk(batch, i), jax.tree.map(lambda x: x[i], batch)
-        states, saved, x = _before(store, i)
+        store = jax.lax.fori_loop(0, again, lambda _, s: through(i, s)[0], store)
+        here, part = chunk(batch, i), jax.tree.map(lambda x: x[i], batch)
+        states, saved, x = before(store, i, i % k)
         (nll, z), d_end, dx = _head(spec, params, x, part, targets, z_coef, rules)
         d = {"x": dx, "held": d_held, "states": d_states, "stats": d_stats}
         dx, d_layers, d_held, d_states = layers_lib.backward(
-            *(spec, params, chunk, store.held, states, store.tail_nbj[i]),
+            *(spec, params, here, store.held, states, store.tail_nbj[i]),
             *(saved, d, rules),
         )
-        d_embed = _embed_back(spec, params, chunk, dx, rules)
+        d_embed = _embed_back(spec, params, here, dx, rules)
         grads = _added(acc.grads, d_end, {"layers": d_layers}, d_embed)
         acc = acc.replace(grads=grads, nll=acc.nll + nll, z=acc.z + z)
         return acc, store, d_held, d_states
@@ -172,17 +175,20 @@ def counted(
     """What routers count in all tokens of `count` chunks of a batch [n, b, C], by
     forward passes alone: as `no_stats`."""
     n, b, t = batch["tokens_bt"].shape
-    store, _ = _fresh(spec, n, b, t, 1, None, rules)
+    store, _ = fresh(spec, n, b, t, 1, None, rules)
 
-    def forward(i, carry):
+    def first(i, carry):
         store, stats = carry
-        store, counts = _forward(spec, params, _chunk(batch, i), store, i, rules)
+        here = chunk(batch, i)
+        x = layers_lib.embedded(spec, params, here, rules)
+        store, counts = forward(spec, params, here, store, i, rules, x, 0)
         return store, added(stats, counts)
 
-    return jax.lax.fori_loop(0, count, forward, (store, no_stats(spec)))[1]
+    return jax.lax.fori_loop(0, count, first, (store, no_stats(spec)))[1]
 
 
-def _chunk(batch, i) -> layers_lib.Chunk:
+def chunk(batch, i) -> layers_lib.Chunk:
+    """Chunk i of arrays [n, b, C]."""
     tokens, segments, positions = (
         jax.lax.dynamic_index_in_dim(batch[k], i, keepdims=False)
         for k in ("tokens_bt", "segments_bt", "positions_bt")
@@ -191,16 +197,17 @@ def _chunk(batch, i) -> layers_lib.Chunk:
     return layers_lib.Chunk(tokens, segments, positions, start)
 
 
-def _fresh(spec, n, b, t, live, kv_grad_dtype, rules):
-    """(the store before the first chunk, cotangents of its buffers)."""
+def fresh(spec, n, b, t, live, kv_grad_dtype, rules, groups=1):
+    """(the store before the first chunk, cotangents of its buffers): for several groups
+    of n chunks beside each other, those of one after those of another."""
     dtype = jnp.dtype(spec.compute_dtype)
     wide = kv_grad_dtype or jnp.promote_types(dtype, jnp.float32)
-    held = layers_lib.held(spec, b, n * t, dtype, rules)
-    states, tail_nbj = None, jnp.zeros((n + 1, b, 0), jnp.int32)
+    held = layers_lib.held(spec, b, n * t, dtype, rules, groups)
+    states, tail_nbj = None, jnp.zeros((groups * (n + 1), b, 0), jnp.int32)
     tail_nbj = mesh.reshard(tail_nbj, rules.pspec(None, "batch", None))
     delta = sum(kind.mixer == "delta" for kind in spec.kinds)
     if delta:
-        states = delta_lib.fresh(spec, b, dtype, rules, n + 1, delta)
+        states = delta_lib.fresh(spec, b, dtype, rules, groups * (n + 1), delta)
         tail_nbj = states.pop("segments_bj")[:, 0]
     x = jax.ShapeDtypeStruct((b, t, spec.width), dtype)
     x = jax.eval_shape(lambda x: streams.start(x, spec), x)
@@ -223,16 +230,22 @@ def _fresh(spec, n, b, t, live, kv_grad_dtype, rules):
         ring["out_lbtnk"] = zeros(out, (*lead, None, "heads", None))
         lse_dims = (*lead, "kv_heads", None, None)
         ring["lse_lbhgt"] = zeros(lse, lse_dims, jnp.promote_types(dtype, jnp.float32))
-    store = _Store(held, states, tail_nbj, ring, jnp.zeros((), jnp.int32))
-    return store, layers_lib.held(spec, b, n * t, wide, rules)
+    store = Store(held, states, tail_nbj, ring, jnp.zeros((), jnp.int32))
+    return store, layers_lib.held(spec, b, n * t, wide, rules, groups)
 
 
-def _forward(spec, params, chunk, store: _Store, i, rules):
-    """(the store with chunk i in, what routers counted)."""
+def forward(spec, params, chunk, store: Store, i, rules, x, slot, at=0):
+    """(the store with chunk i in, what routers counted).
+
+    Args:
+      x: the residual before the layers of `spec`.
+      slot: of the ring, for what the backward pass needs.
+      at: where the group has its first layer in the buffers.
+    """
     states = jax.tree.map(lambda x: x[i], store.states)
     tail_bj = store.tail_nbj[i]
     x, held, states, saved, counts = layers_lib.forward(
-        spec, params, chunk, store.held, states, tail_bj, rules
+        spec, params, chunk, store.held, states, tail_bj, rules, x, at
     )
 
     def put(every, one, at):
@@ -240,19 +253,17 @@ def _forward(spec, params, chunk, store: _Store, i, rules):
             every, one.astype(every.dtype), at, 0
         )
 
-    slot = i % len(store.ring["last_btd"])
     ring = {k: put(store.ring[k], v, slot) for k, v in saved.items()}
     ring["last_btd"] = put(store.ring["last_btd"], x, slot)
     rows = rules.pspec("batch", None)
     tail = mesh.local(delta_lib.tail_segments, inputs=(rows, rows), out=rows)
     tail_nbj = put(store.tail_nbj, tail(tail_bj, chunk.segments_bt), i + 1)
     every = jax.tree.map(lambda x, one: put(x, one, i + 1), store.states, states)
-    return _Store(held, every, tail_nbj, ring, store.forwards + 1), counts
+    return Store(held, every, tail_nbj, ring, store.forwards + 1), counts
 
 
-def _before(store: _Store, i):
+def before(store: Store, i, slot):
     """(states before chunk i, what was saved of it, the residual behind its layers)."""
-    slot = i % len(store.ring["last_btd"])
     saved = {k: x[slot] for k, x in store.ring.items()}
     states = jax.tree.map(lambda x: x[i], store.states)
     return states, saved, saved.pop("last_btd")

@@ -78,9 +78,12 @@ def check(spec: spec_lib.Spec, chunk_tokens: int, longest: int) -> None:
         raise config.InputError(f"head={spec.head!r}: wanted a model of tokens")
 
 
-def held(spec: spec_lib.Spec, rows: int, slots: int, dtype: Any, rules) -> Held:
-    """Buffers for so many tokens of each row, zeros."""
-    layers = sum(kind.mixer == "attention" for kind in spec.kinds)
+def held(
+    spec: spec_lib.Spec, rows: int, slots: int, dtype: Any, rules, groups: int = 1
+) -> Held:
+    """Buffers for so many tokens of each row, zeros; of several groups of rows, the
+    layers of one after those of another."""
+    layers = groups * sum(kind.mixer == "attention" for kind in spec.kinds)
     shape = (layers, rows, spec.num_kv_heads, slots, spec.head_width)
     lies = rules.pspec(None, "batch", "kv_heads", None, None)
     made = mesh.reshard(jnp.zeros(shape, dtype), lies)
@@ -94,13 +97,13 @@ def embedded(spec, params, chunk: Chunk, rules):
     return decoder.embed_tokens(spec, params, *tokens, **see)[0]
 
 
-def forward(spec, params, chunk: Chunk, held: Held, states, tail_bj, rules):
+def forward(spec, params, chunk: Chunk, held: Held, states, tail_bj, rules, x, at=0):
     """(the residual behind the last layer, the buffers with the chunk in, the states
-    behind it, `saved`, what routers counted or None)."""
-    x = embedded(spec, params, chunk, rules)
+    behind it, `saved`, what routers counted or None); x: the residual before the first
+    layer; at: where that has its keys in the buffers."""
     how = _how(spec, chunk, tail_bj, rules)
     news, saves, counted = [], [], []
-    for stretch, first, inputs in _parts(spec, params, states):
+    for stretch, first, inputs in _parts(spec, params, states, at):
 
         def body(carry, part, stretch=stretch, first=first):
             x, held = carry
@@ -129,12 +132,13 @@ def forward(spec, params, chunk: Chunk, held: Held, states, tail_bj, rules):
     return x, held, _joined(news), saved, _joined(counted)
 
 
-def backward(spec, params, chunk, held, states, tail_bj, saved, d, rules):
+def backward(spec, params, chunk, held, states, tail_bj, saved, d, rules, at=0):
     """The backward pass of a chunk of which `saved` is there.
 
     Args:
       held: with the chunk and all before it in.
       states, tail_bj: before the chunk.
+      at: as of `forward`.
       d: cotangents: "x" behind the last layer, "held" as later chunks left them,
         "states" behind the chunk, "stats" of what routers counted (None without).
     Returns:
@@ -144,7 +148,7 @@ def backward(spec, params, chunk, held, states, tail_bj, saved, d, rules):
     how = _how(spec, chunk, tail_bj, rules)
     dx, d_held = d["x"], d["held"]
     grads, d_states = [], []
-    for stretch, first, inputs in reversed(_parts(spec, params, states)):
+    for stretch, first, inputs in reversed(_parts(spec, params, states, at)):
         mine = _mine(spec, stretch, saved, d["states"], d["stats"])
 
         def body(carry, part, stretch=stretch, first=first):
@@ -203,13 +207,14 @@ def _attention(stretch: stretches.Stretch) -> int:
     return sum(kind.mixer == "attention" for kind in stretch.kinds)
 
 
-def _parts(spec, params, states):
-    """(stretch, attention layers before it, (number, weights, states) of repeats)."""
+def _parts(spec, params, states, at):
+    """(stretch, `at` and attention layers before it, (number, weights, states) of
+    repeats)."""
     out, owners, own = [], stretches.owners(spec), cache_lib.owners(spec)
     own = {k: v for k, v in own.items() if k == "delta"}
     for stretch in stretches.stretches(spec.kinds):
         before = spec.kinds[: stretch.start]
-        first = sum(kind.mixer == "attention" for kind in before)
+        first = at + sum(kind.mixer == "attention" for kind in before)
         part = stretches.repeats_of({"delta": states}, stretch, own) if own else {}
         layers = stretches.repeats_of(params["layers"], stretch, owners)
         numbers = jnp.arange(stretch.repeats, dtype=jnp.int32)

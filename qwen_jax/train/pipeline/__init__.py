@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training through a pipeline of stages, each with a stretch of the layers."""
+
+from qwen_jax.train.pipeline.batches import (
+    gradients,
+    on_stages,
+    table,
+    value_and_grad,
+)
+from qwen_jax.train.pipeline.chunked import chunked_value_and_grad
+from qwen_jax.train.pipeline.share import share_of
+
+__all__ = [
+    "chunked_value_and_grad",
+    "gradients",
+    "on_stages",
+    "share_of",
+    "table",
+    "value_and_grad",
+]
