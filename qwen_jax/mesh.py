@@ -34,6 +34,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
