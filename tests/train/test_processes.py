@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from qwen_jax import cli
 from qwen_jax.data import loader
@@ -77,3 +78,26 @@ def test_two_processes_have_the_losses_of_one(tmp_path, monkeypatch):
     samples, alone = texts(two), texts(one)
     assert samples == alone and len(samples) == 3 * 4
     assert len({row["text"] for row in samples}) > 1
+
+
+@pytest.mark.slow
+def test_rows_may_be_split_over_processes(tmp_path, monkeypatch):
+    """Both read the same rows whole, and hold a part of each."""
+    data = runs.corpus(tmp_path / "corpus")
+    one, two = tmp_path / "one", tmp_path / "two"
+    split = "--config.mesh.context=2"
+    pair = runs.start_pair(runs.words(two, data, *LEAN, split, arg="adamw"))
+    folder = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+    assert cli.main([*runs.words(one, data, *LEAN, arg="adamw"), "--quiet"]) == 0
+    for code, _, err in [runs.finish(process) for process in pair]:
+        assert code == 0, err
+    facts = json.loads((two / "run.json").read_text())
+    assert (facts["mesh"]["data"], facts["mesh"]["context"]) == (1, 2)
+    both = positions(two)
+    assert len(both) == 2 and both[0] == both[1]
+    assert loader.merge_states(both[:1]) == positions(one)[0]
+    np.testing.assert_allclose(runs.losses(two), runs.losses(one), rtol=1e-5)
+    (score,), (want,) = runs.evaluations(two), runs.evaluations(one)
+    np.testing.assert_allclose(score["eval_loss"], want["eval_loss"], rtol=1e-5)
+    assert texts(two) == texts(one)
