@@ -169,8 +169,8 @@ def _check_stages(exp: experiment.Experiment, stages: int) -> None:
         )
     if stages == 1 and train.stage_parts > 1:
         raise config.InputError(
-            f"train.stage_parts={train.stage_parts} is of a pipeline, and mesh.stage=1: "
-            "set one of them"
+            f"train.stage_parts={train.stage_parts} is of a pipeline, and mesh.stage=1:"
+            " set one of them"
         )
     if stages == 1:
         return
@@ -190,6 +190,12 @@ def _check_stages(exp: experiment.Experiment, stages: int) -> None:
             f"mesh.stage={stages} and the model has {spec.mtp_layers} layers for "
             "further tokens, which no stage has; set --config.train.mtp_coef=0 to "
             "leave them untrained"
+        )
+    if spec.reduce_dtype != "compute":
+        raise config.InputError(
+            f"mesh.stage={stages} and model.reduce_dtype={spec.reduce_dtype}: inside "
+            "stages gradients are summed in the dtype of compute; set "
+            "--config.model.reduce_dtype=compute"
         )
     if exp.mesh.fsdp != 1 and exp.mesh.expert != 1:
         raise config.InputError(
