@@ -250,6 +250,12 @@ def _check_stages(exp: experiment.Experiment, stages: int) -> None:
             "further tokens, which no stage has; set --config.train.mtp_coef=0 to "
             "leave them untrained"
         )
+    if spec.reduce_dtype != "compute":
+        raise config.InputError(
+            f"mesh.stage={stages} and model.reduce_dtype={spec.reduce_dtype}: inside "
+            "stages gradients are summed in the dtype of compute; set "
+            "--config.model.reduce_dtype=compute"
+        )
     if exp.mesh.fsdp != 1 and exp.mesh.expert != 1:
         raise config.InputError(
             f"mesh.stage={stages} with mesh.fsdp={exp.mesh.fsdp} and mesh.expert="

@@ -13,10 +13,10 @@ its backward pass, however many there are.
 
 Source: 1F1B is PipeDream-flush (arXiv 2006.09503), interleaved 1F1B that of Megatron-LM
 (arXiv 2104.04473), eager 1F1B of arXiv 2211.05322. Deviations: stages go through ticks
-together, as `ticks.seconds` counts; the last stage computes nothing in its forward
-passes, since its backward pass follows at once and does. Embedding and head belong to
-the first and the last stage; their weights lie on all, and their gradients are summed
-over `stage` once, at the end.
+together, as `ticks.Table.seconds` counts; the last stage computes nothing in its
+forward passes, since its backward pass does. Embedding and head belong to the first and
+the last stage; their weights lie on all, and their gradients are summed over `stage`
+once, at the end.
 
 Inside a stage rows, weights, heads and experts lie over the other axes, as without it;
 stages then differ in what they do in a tick, so nothing in it may be a collective of
@@ -156,7 +156,7 @@ def on_each(
 ) -> tuple[Any, dict[str, jax.Array]]:
     """(gradients as the weights lie, sums) of what each stage adds up: `acc` of
     `run(stage, rows of its device)`."""
-    _check_axes()
+    _check_axes(spec, rules)
     rules = dataclasses.replace(rules, layers=None)  # which the cut has laid out
 
     def one(layers, rest, batch, rows, whole):
@@ -185,8 +185,8 @@ def on_each(
     return grads, sums | _counted(counts) | whole
 
 
-def _check_axes():
-    """Refuse axes whose order differs between arrays.
+def _check_axes(spec, rules):
+    """Refuse axes whose order differs between arrays, and sums that are not made.
 
     What turns one order into the other is a permutation of devices, a collective of
     all. Inside a tick stages do different things, and would wait for each other there
@@ -198,6 +198,12 @@ def _check_axes():
             f"mesh.fsdp={sizes['fsdp']} and mesh.expert={sizes['expert']} inside "
             "stages: one of them at a time; set --config.mesh.fsdp=1 or "
             "--config.mesh.expert=1"
+        )
+    if spec.reduce_dtype != "compute" and mesh.axis_size(rules.batch) > 1:
+        raise config_lib.InputError(
+            f"model.reduce_dtype={spec.reduce_dtype}: inside stages gradients of rows "
+            "on several devices are summed in the dtype of compute; set "
+            "--config.model.reduce_dtype=compute"
         )
 
 

@@ -247,6 +247,10 @@ def test_what_does_not_fit_is_refused():
     both = mesh.make(mesh.MeshConfig(1, 2, expert=2, stage=2))
     with jax.set_mesh(both), pytest.raises(config.InputError, match="fsdp=2 and mesh"):
         pipeline.value_and_grad(DENSE, params, batch, stages=2)
+    rows = mesh.make(mesh.MeshConfig(4, stage=2))
+    with jax.set_mesh(rows), pytest.raises(config.InputError, match="reduce_dtype=f"):
+        wide = dataclasses.replace(DENSE, reduce_dtype="float32")
+        pipeline.value_and_grad(wide, params, batch, stages=2)
     on = mesh.make(mesh.MeshConfig(stage=4))
     with jax.set_mesh(on):
         refused("stages=2, and the mesh that is set has 4 along `stage`")
