@@ -61,6 +61,7 @@ def parser() -> Parser:
     _add_chat(verbs)
     _add_serve(verbs)
     _add_data(verbs)
+    _add_eval(verbs)
     _add_report(verbs)
     _add_convert(verbs)
     _add_pull(verbs)
@@ -279,6 +280,37 @@ def _add_data(verbs: Any) -> None:
     add("--color", choices=("auto", "always", "never"), default="auto")
 
 
+def _add_eval(verbs: Any) -> None:
+    told = {
+        "needle": "how often a model finds a fact, by length and by depth",
+        "lessons": "made-up documents to learn that from",
+    }
+    adds = _kinds(verbs, "eval", "how good a model is: needles in haystacks", told)
+    add = adds["needle"]
+    add("--model", required=True, metavar="DIR", help="a model folder or a GGUF file")
+    add("--lengths", required=True, metavar="N,N", help="tokens, question included")
+    add("--depths", default="9", metavar="X,X", help="0 to 1; or how many (default: 9)")
+    add("--count", type=int, default=20, metavar="N", help="of a cell (default: 20)")
+    add("--others", type=int, default=3, metavar="N", help="facts beside (default: 3)")
+    add("--language", default="", help="english or syllables; default: by vocabulary")
+    add("--rope_theta", type=float, default=0.0, metavar="X", help="another RoPE base")
+    add("--yarn", type=float, default=0.0, metavar="X", help="YaRN with this factor")
+    add("--dtype", default="float32", help="float32 or bfloat16")
+    add("--title", default="", help="of the heat map")
+    add("--json", default="", metavar="FILE", help="write the numbers")
+    add(
+        "--html", default="", metavar="FILE", help="write a heat map that loads nothing"
+    )
+    add("--beside", action="append", default=[], metavar="FILE", help="earlier --json")
+    add("--seed", type=int, default=0)
+    add = adds["lessons"]
+    add("--out", required=True, metavar="DIR", help="folder to write")
+    add("--documents", type=int, default=2000, metavar="N", help="default: 2000")
+    add("--lengths", required=True, metavar="N,N", help="tokens of each in turn")
+    add("--facts", type=int, default=30, metavar="N", help="most of a document")
+    add("--seed", type=int, default=0)
+
+
 def _add_report(verbs: Any) -> None:
     report = verbs.add_parser(
         "report", help="write report.html of one run or several", allow_abbrev=False
@@ -339,21 +371,13 @@ def _add_pull(verbs: Any) -> None:
 
 
 def _add_guard(verbs: Any) -> None:
-    guard = verbs.add_parser(
-        "guard", help="measure a guard of texts, or train its head", allow_abbrev=False
-    )
-    kinds = guard.add_subparsers(
-        dest="kind", metavar="COMMAND", parser_class=Parser, required=True
-    )
     told = {
         "eval": "how well a guard tells judged texts apart, how fast, and at what cost",
         "train": "a small head from judged texts",
         "sample": "made-up judged texts, to try the other two on",
     }
-    adds = {
-        kind: kinds.add_parser(kind, help=text, allow_abbrev=False).add_argument
-        for kind, text in told.items()
-    }
+    what = "measure a guard of texts, or train its head"
+    adds = _kinds(verbs, "guard", what, told)
     for kind in ("eval", "train"):
         adds[kind]("--data", required=True, metavar="FILE", help="JSON lines")
     add = adds["eval"]
@@ -370,6 +394,17 @@ def _add_guard(verbs: Any) -> None:
     adds["sample"]("--rows", type=int, default=600, metavar="N", help="default: 600")
     for kind in ("train", "sample"):
         adds[kind]("--seed", type=int, default=0)
+
+
+def _kinds(verbs: Any, verb: str, what: str, told: dict[str, str]) -> dict[str, Any]:
+    """A verb of several kinds: `add_argument` of each."""
+    kinds = verbs.add_parser(verb, help=what, allow_abbrev=False).add_subparsers(
+        dest="kind", metavar="COMMAND", parser_class=Parser, required=True
+    )
+    return {
+        kind: kinds.add_parser(kind, help=text, allow_abbrev=False).add_argument
+        for kind, text in told.items()
+    }
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -530,6 +565,10 @@ def _data(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     return _load("tools").preview_data(args, overrides)
 
 
+def _eval(args: argparse.Namespace, _: Any) -> int:
+    return _load("evaluate").run(args)
+
+
 def _report(args: argparse.Namespace, _: Any) -> int:
     return _load("report").main(args.workdirs, args.out)
 
@@ -556,6 +595,7 @@ VERBS = {
     "chat": _chat,
     "serve": _serve,
     "data": _data,
+    "eval": _eval,
     "report": _report,
     "convert": _convert,
     "pull": _pull,

@@ -26,7 +26,7 @@ ORDER = [
     ("report", "doctor", "pull"),
     # main and its neighbours, which may import everything above and each other
     ("experiment", "prepare", "checks", "export", "session", "main", "dryrun")
-    + ("talk", "convert", "tools", "terminal", "serving"),
+    + ("talk", "convert", "tools", "terminal", "serving", "evaluate"),
     ("bench",),  # measures whole runs too
     ("cli",),
     ("__main__",),

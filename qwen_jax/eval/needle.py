@@ -98,32 +98,26 @@ def measure(
       language: of the texts; None takes what suits the vocabulary.
       say: called with a line after each length.
     """
-    language = language or haystack.language_of(known)
+    writer = haystack.Writer(language or haystack.language_of(known), known)
     rows = []
     for length in settings.lengths:
         cells = [
-            found(spec, params, _needles(language, known, settings, length, depth))
+            found(spec, params, _needles(writer, settings, length, depth))
             for depth in settings.depths
         ]
         rows.append(tuple(float(np.mean(cell)) for cell in cells))
         say(f"{length:,} tokens: {np.mean(rows[-1]):.1%} found")
     where = settings.lengths, settings.depths
-    return Grid(*where, tuple(rows), settings.count, language.name)
+    return Grid(*where, tuple(rows), settings.count, writer.language.name)
 
 
-def _needles(language, known, settings, length, depth) -> list[haystack.Needle]:
-    made = np.random.default_rng(
-        rng.seed_for(settings.seed, f"needle/{length}/{depth:.6f}")
-    )
+def _needles(
+    writer: haystack.Writer, settings: Settings, length: int, depth: float
+) -> list[haystack.Needle]:
+    seed = rng.seed_for(settings.seed, f"needle/{length}/{depth:.6f}")
+    made = np.random.default_rng(seed)
     return [
-        haystack.hide(
-            language,
-            known,
-            length=length,
-            depth=depth,
-            others=settings.others,
-            rng=made,
-        )
+        writer.hide(length=length, depth=depth, others=settings.others, rng=made)
         for _ in range(settings.count)
     ]
 
