@@ -302,23 +302,22 @@ def _add_eval(verbs: Any) -> None:
         "--html", default="", metavar="FILE", help="write a heat map that loads nothing"
     )
     add("--beside", action="append", default=[], metavar="FILE", help="earlier --json")
-    add("--seed", type=int, default=0)
     add = adds["lessons"]
     add("--out", required=True, metavar="DIR", help="folder to write")
     add("--documents", type=int, default=2000, metavar="N", help="default: 2000")
     add("--lengths", required=True, metavar="N,N", help="tokens of each in turn")
     add("--facts", type=int, default=30, metavar="N", help="most of a document")
-    add("--seed", type=int, default=0)
+    for add in adds.values():
+        add("--seed", type=int, default=0)
 
 
 def _add_report(verbs: Any) -> None:
     report = verbs.add_parser(
         "report", help="write report.html of one run or several", allow_abbrev=False
     )
-    report.add_argument("workdirs", nargs="+", metavar="DIR", help="run folders")
-    report.add_argument(
-        "--out", default="", metavar="FILE", help="default: report.html"
-    )
+    add = report.add_argument
+    add("workdirs", nargs="+", metavar="DIR", help="run folders")
+    add("--out", default="", metavar="FILE", help="default: report.html")
 
 
 def _add_convert(verbs: Any) -> None:
@@ -376,8 +375,7 @@ def _add_guard(verbs: Any) -> None:
         "train": "a small head from judged texts",
         "sample": "made-up judged texts, to try the other two on",
     }
-    what = "measure a guard of texts, or train its head"
-    adds = _kinds(verbs, "guard", what, told)
+    adds = _kinds(verbs, "guard", "measure a guard, or train its head", told)
     for kind in ("eval", "train"):
         adds[kind]("--data", required=True, metavar="FILE", help="JSON lines")
     add = adds["eval"]
@@ -387,9 +385,7 @@ def _add_guard(verbs: Any) -> None:
     add("--json", action="store_true", help="print JSON")
     add = adds["train"]
     add("--out", required=True, metavar="DIR", help="folder to write")
-    add(
-        "--steps", type=int, default=300, metavar="N", help="of training (default: 300)"
-    )
+    add("--steps", type=int, default=300, metavar="N", help="default: 300")
     adds["sample"]("--out", required=True, metavar="FILE", help="file to write")
     adds["sample"]("--rows", type=int, default=600, metavar="N", help="default: 600")
     for kind in ("train", "sample"):
