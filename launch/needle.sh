@@ -46,12 +46,14 @@ ask() { # NAME, title, stage and flags
         echo "$2"
         $command eval needle --model "$out/$3/export" --lengths $lengths --depths 9 \
             --count 20 --title "$2" --json "$out/$1.json" "${@:4}"
+        cp "$out/$1.json" "$out/$3/needle-$1.json" # a section of its report
+        $command report "$out/$3"
     fi
 }
 
 mkdir -p "$out/lessons"
 lessons first --lengths 48 --documents 20000 --facts 6
-lessons short --lengths 128,256,512,512 --documents 6000 --seed 1
+lessons short --lengths 64,128,256,512 --documents 6000 --seed 1
 lessons long --lengths 512,1024,2048,4096,4096 --documents 1200 --seed 2
 
 train short "[$(source_of first), $(source_of short)]" \

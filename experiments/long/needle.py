@@ -65,7 +65,7 @@ def get_config(arg=None):
         c.data.tokenizer = f"{FOLDER}/lessons/first/tokenizer"
         # Documents of 48 tokens until look-ups are learnt, which is sudden and comes
         # before step 230; in long ones alone it takes far longer.
-        c.data.stages = ((250, {"first": 1.0}), (700, {"first": 0.1, "short": 0.9}))
+        c.data.stages = ((275, {"first": 1.0}), (700, {"first": 0.2, "short": 0.8}))
         c.train.update({"num_steps": 700, "batch_tokens": 4096})
     else:
         c.data.sources = [lessons("long")]

@@ -242,8 +242,8 @@ def write(
     """A folder to train on: lessons.jsonl in SYLLABLES, and its tokenizer/.
 
     Lines are {"tokens", "prompt_tokens"}, as `data.source` reads ready ids, of each
-    length in turn, with at most `facts` facts and one for every eight tokens, at least a
-    quarter of that.
+    length in turn, with a fact for every eight tokens and at most `facts`: look-ups are
+    learnt from the number of questions, so there are as many as there can be.
     """
     known = vocabulary()
     known.save(os.path.join(folder, "tokenizer"))
@@ -251,7 +251,6 @@ def write(
     with open(os.path.join(folder, "lessons.jsonl"), "w", encoding="utf-8") as file:
         for i in range(documents):
             length = lengths[i % len(lengths)]
-            most = max(1, min(facts, len(SYLLABLES.keys), length // 8))
-            count = int(rng.integers(-(-most // 4), most + 1))
+            count = max(1, min(facts, len(SYLLABLES.keys), length // 8))
             ids, silent = writer.lesson(length=length, facts=count, rng=rng)
             file.write(json.dumps({"tokens": ids, "prompt_tokens": silent}) + "\n")

@@ -10,7 +10,6 @@ Raises: nothing; titles are escaped here, numbers are formatted.
 """
 
 import html
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ def is_grid(record: Any) -> bool:
     square = len(rows) - 2 == len(lengths)
     square = square and all(len(row) == len(depths) for row in rows[2:])
     return square and all(
-        isinstance(value, int | float) and math.isfinite(value) for value in flat
+        isinstance(value, int | float) and -1e15 < value < 1e15 for value in flat
     )
 
 
@@ -66,7 +65,8 @@ def figure(grid: Mapping[str, Any], title: str = "") -> str:
     named = html.escape(title or str(grid.get("title", "Needles by depth and length")))
     return (
         f"<figure><figcaption><b>{named}</b> <span>{words}</span></figcaption>"
-        f'<svg viewBox="0 0 {right + 8} {bottom + 42}" width="{right + 8}" role="img" '
+        f'<svg viewBox="0 0 {right + 8} {bottom + 42}" '
+        f'style="width:{right + 8}px;max-width:100%" role="img" '
         f'aria-label="{named}: {words}">{"".join(parts)}</svg></figure>'
     )
 

@@ -176,6 +176,7 @@ def test_a_heat_map_shows_every_cell_where_it_belongs():
         {"lengths": [1], "depths": [0.5], "found": [[0.5], [0.5]]},
         {"lengths": [1], "depths": [0.5], "found": [["<b>"]]},
         {"lengths": [1], "depths": [0.5], "found": [[float("nan")]]},
+        {"lengths": [10**400], "depths": [0.5], "found": [[0.5]]},
     ],
 )
 def test_what_is_no_grid_is_not_drawn(record):
