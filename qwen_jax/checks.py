@@ -99,7 +99,7 @@ CHOSEN = (
     *("moe.balance_coef", "moe.z_coef", "moe.impl", "moe.capacity_factor"),
     *("moe.exchange", "moe.pieces"),
 )
-# and what stages of longer rows change: ABF (arXiv 2309.16039), YaRN (arXiv 2309.00071).
+# and what stages of longer rows change: ABF (2309.16039), YaRN (arXiv 2309.00071).
 LENGTH = ("max_positions", "rope_theta", "rope_scaling")
 
 

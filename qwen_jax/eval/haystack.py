@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts hidden in filler, and questions about them: for a test, and to learn from.
 
-A fact says which value belongs to a key. `hide` puts one at a depth of a haystack, other
-facts at random depths, and a question behind it; `write` makes documents full of facts
-and questions, from which a small model learns to look things up.
+A fact says which value belongs to a key. `hide` puts one at a depth of a haystack,
+other facts at random depths, and a question behind it; `write` makes documents full of
+facts and questions, from which a small model learns to look things up.
 
 Source: "needle in a haystack" (Kamradt, 2023). ENGLISH: the filler is that of the
 passkey task (arXiv 2305.16300), facts and question those of RULER (arXiv 2404.06654,
 appendix B), their values of seven digits. SYLLABLES: a language made up for models that
 are trained in minutes, in which every word is one id of `vocabulary()`. Its facts say
 their key behind the value again ("Ba ne Ba"): to predict that, a layer has to tell a
-value which key stands before it, which is half of a look-up, and learnt at once. Without
-it a model of two layers guesses among the values for several times as many steps.
-Deviation from both: the haystack is cut to ids, so a length is exact: question and
-answer are within it.
+value which key stands before it, which is half of a look-up. A small model learnt
+look-ups within 200 steps with it and still guessed after 300 without
+(experiments/LOG.md).
+Deviation from both: the haystack is cut to ids, so a length is exact, question and
+answer within it; and there are no line breaks.
 
 Shapes: haystacks and answers are lists of ids. Depth 0 is the begin, 1 the end.
 Invariants: a key stands for one value; all is a function of the generator handed in.
@@ -159,7 +160,7 @@ class Writer:
         depths: Sequence[float],
         rng: np.random.Generator,
     ) -> list[int]:
-        """`room` ids of filler with facts between sentences, nearest to their depths."""
+        """`room` ids of filler with facts between sentences, near their depths."""
         chosen: list[Sequence[int]] = []
         if self.language.shuffled:
             order = iter(rng.integers(len(self.fillers), size=room).tolist())

@@ -2,9 +2,9 @@
 """Needle in a haystack: how often a model finds a fact, by length and by depth.
 
 A cell of the grid is one length and one depth: the share of `count` haystacks whose
-question greedy decoding answers exactly, all ids of the answer. Greedy decoding gives an
-answer exactly when each of its ids is the likeliest after the prompt and the ids before
-it, so a cell takes one forward pass over prompt and answer, and no decoding.
+question greedy decoding answers exactly, all ids of the answer. Greedy decoding gives
+an answer exactly when each of its ids is the likeliest after the prompt and the ids
+before it, so a cell takes forward passes over prompt and answer, and no decoding.
 
 Source: "needle in a haystack" (Kamradt, 2023); see `haystack` for the texts.
 
@@ -142,6 +142,6 @@ def found(
 
 @functools.partial(jax.jit, static_argnames=("spec", "most"))
 def _likeliest(params, tokens_bt, *, spec, most):
-    """The likeliest id at each of the last `most` places, given all before: [b, most]."""
+    """The likeliest id at each of the last `most` places, given those before."""
     hidden_btd, _ = decoder.hidden(spec, params, tokens_bt[:, :-1])
     return jnp.argmax(decoder.logits(spec, params, hidden_btd[:, -most:]), axis=-1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Haystacks hold what they say, where they say, in texts that a vocabulary reads back."""
+"""Haystacks hold what they say, where they say, in texts that read back."""
 
 import json
 import re
