@@ -14,7 +14,7 @@ from typing import Any
 from qwen_jax import config, experiment, params, prepare
 from qwen_jax.checkpoint import compatible
 from qwen_jax.data import mixture, source, tokenizer
-from qwen_jax.models import decoder, hf
+from qwen_jax.models import decoder, hf, rope
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.plan import chips, micro
 
@@ -113,30 +113,59 @@ def _weights(data: source.DataConfig, names: Sequence[str]) -> dict[str, float]:
     return dict(zip(names, weights, strict=True))
 
 
+# What a model that begins with the weights of another may have otherwise. Choices of a
+# run, which change no function that the weights were trained for:
+CHOSEN = (
+    *("param_dtype", "compute_dtype", "reduce_dtype", "attention", "init_std"),
+    *("family", "bos_id", "eos_ids", "pad_id"),
+    *("moe.balance_coef", "moe.z_coef", "moe.impl", "moe.capacity_factor"),
+    *("moe.exchange", "moe.pieces"),
+)
+# and what stages of longer rows change: ABF (2309.16039), YaRN (arXiv 2309.00071).
+LENGTH = ("max_positions", "rope_theta", "rope_scaling")
+
+
 def init_from(exp: experiment.Experiment, say: Callable[[str], None]) -> None:
-    """Refuse a model folder whose weights are not those of this model; say what else
-    differs (another RoPE base may be meant)."""
+    """Refuse a model folder whose weights are not those of this model; say in one line
+    how the positions differ, which a stage of longer rows changes."""
     folder = exp.train.init_from
     parts = "text" if exp.model.vision is None else "all"
     there = hf.read_spec(folder, parts=parts)
-    own = ("param_dtype", "compute_dtype", "reduce_dtype", "attention")
-    own += ("max_positions", "init_std")
     lines = [
         f"{key} is {a} there, {b} here"
         for key, a, b in config.diff(config.thaw(there), config.thaw(exp.model))
-        if key not in (*own, "family", "bos_id", "eos_ids", "pad_id")
+        if key not in CHOSEN and key.partition(".")[0] not in LENGTH
     ]
-    if _shapes(there) != _shapes(exp.model):
+    if lines or _shapes(there) != _shapes(exp.model):
         raise config.InputError(
             f"train.init_from={folder} is not the model of this run: "
             f"{'; '.join(lines)}; set --config.model.* to its values"
         )
     hf.check(folder, there)
     own_tokenizer(exp)
-    for line in lines:
-        say(f"note: unlike in {folder}, {line}")
+    if told := _length(there, exp.model):
+        say(f"positions, unlike in {folder}: {told}")
     if not exp.data.tokenizer:
         say(f"tokenizer: that of {folder}")
+
+
+def _length(there: spec_lib.Spec, here: spec_lib.Spec) -> str:
+    """How positions change, "" where they do not."""
+
+    def shown(spec: spec_lib.Spec, key: str) -> str:
+        value = getattr(spec, key)
+        if key != "rope_scaling":
+            return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
+        if value is None:
+            return "none"
+        factor = f"{value.kind} {value.factor:g} on {value.original_positions:,}"
+        return f"{factor} (attention x {rope.frequencies(spec)[1]:.4g})"
+
+    return ", ".join(
+        f"{key} {shown(there, key)} -> {shown(here, key)}"
+        for key in LENGTH
+        if getattr(there, key) != getattr(here, key)
+    )
 
 
 def own_tokenizer(exp: experiment.Experiment) -> None:

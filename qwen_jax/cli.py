@@ -173,6 +173,10 @@ def _data(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     return _load("tools").preview_data(args, overrides)
 
 
+def _eval(args: argparse.Namespace, _: Any) -> int:
+    return _load("evaluate").run(args)
+
+
 def _report(args: argparse.Namespace, _: Any) -> int:
     return _load("report").main(args.workdirs, args.out)
 
@@ -203,6 +207,7 @@ VERBS = {
     "chat": _chat,
     "serve": _serve,
     "data": _data,
+    "eval": _eval,
     "report": _report,
     "convert": _convert,
     "pull": _pull,

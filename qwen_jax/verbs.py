@@ -41,6 +41,7 @@ def parser() -> Parser:
     _add_chat(verbs)
     _add_serve(verbs)
     _add_data(verbs)
+    _add_eval(verbs)
     _add_report(verbs)
     _add_convert(verbs)
     _add_pull(verbs)
@@ -260,14 +261,44 @@ def _add_data(verbs: Any) -> None:
     add("--color", choices=("auto", "always", "never"), default="auto")
 
 
+def _add_eval(verbs: Any) -> None:
+    told = {
+        "needle": "how often a model finds a fact, by length and by depth",
+        "lessons": "made-up documents to learn that from",
+    }
+    adds = _kinds(verbs, "eval", "how good a model is: needles in haystacks", told)
+    add = adds["needle"]
+    add("--model", required=True, metavar="DIR", help="a model folder or a GGUF file")
+    add("--lengths", required=True, metavar="N,N", help="tokens, question included")
+    add("--depths", default="9", metavar="X,X", help="0 to 1; or how many (default: 9)")
+    add("--count", type=int, default=20, metavar="N", help="of a cell (default: 20)")
+    add("--others", type=int, default=3, metavar="N", help="facts beside (default: 3)")
+    add("--language", default="", help="english or syllables; default: by vocabulary")
+    add("--rope_theta", type=float, default=0.0, metavar="X", help="another RoPE base")
+    add("--yarn", type=float, default=0.0, metavar="X", help="YaRN with this factor")
+    add("--dtype", default="float32", help="float32 or bfloat16")
+    add("--title", default="", help="of the heat map")
+    add("--json", default="", metavar="FILE", help="write the numbers")
+    add(
+        "--html", default="", metavar="FILE", help="write a heat map that loads nothing"
+    )
+    add("--beside", action="append", default=[], metavar="FILE", help="earlier --json")
+    add = adds["lessons"]
+    add("--out", required=True, metavar="DIR", help="folder to write")
+    add("--documents", type=int, default=2000, metavar="N", help="default: 2000")
+    add("--lengths", required=True, metavar="N,N", help="tokens of each in turn")
+    add("--facts", type=int, default=30, metavar="N", help="most of a document")
+    for add in adds.values():
+        add("--seed", type=int, default=0)
+
+
 def _add_report(verbs: Any) -> None:
     report = verbs.add_parser(
         "report", help="write report.html of one run or several", allow_abbrev=False
     )
-    report.add_argument("workdirs", nargs="+", metavar="DIR", help="run folders")
-    report.add_argument(
-        "--out", default="", metavar="FILE", help="default: report.html"
-    )
+    add = report.add_argument
+    add("workdirs", nargs="+", metavar="DIR", help="run folders")
+    add("--out", default="", metavar="FILE", help="default: report.html")
 
 
 def _add_convert(verbs: Any) -> None:
@@ -320,21 +351,12 @@ def _add_pull(verbs: Any) -> None:
 
 
 def _add_guard(verbs: Any) -> None:
-    guard = verbs.add_parser(
-        "guard", help="measure a guard of texts, or train its head", allow_abbrev=False
-    )
-    kinds = guard.add_subparsers(
-        dest="kind", metavar="COMMAND", parser_class=Parser, required=True
-    )
     told = {
         "eval": "how well a guard tells judged texts apart, how fast, and at what cost",
         "train": "a small head from judged texts",
         "sample": "made-up judged texts, to try the other two on",
     }
-    adds = {
-        kind: kinds.add_parser(kind, help=text, allow_abbrev=False).add_argument
-        for kind, text in told.items()
-    }
+    adds = _kinds(verbs, "guard", "measure a guard, or train its head", told)
     for kind in ("eval", "train"):
         adds[kind]("--data", required=True, metavar="FILE", help="JSON lines")
     add = adds["eval"]
@@ -344,31 +366,27 @@ def _add_guard(verbs: Any) -> None:
     add("--json", action="store_true", help="print JSON")
     add = adds["train"]
     add("--out", required=True, metavar="DIR", help="folder to write")
-    add(
-        "--steps", type=int, default=300, metavar="N", help="of training (default: 300)"
-    )
+    add("--steps", type=int, default=300, metavar="N", help="default: 300")
     adds["sample"]("--out", required=True, metavar="FILE", help="file to write")
     adds["sample"]("--rows", type=int, default=600, metavar="N", help="default: 600")
     for kind in ("train", "sample"):
         adds[kind]("--seed", type=int, default=0)
 
 
-def _add_plan(verbs: Any) -> None:
-    plan = verbs.add_parser(
-        "plan", help="what a run would best be set to", allow_abbrev=False
-    )
-    kinds = plan.add_subparsers(
+def _kinds(verbs: Any, verb: str, what: str, told: dict[str, str]) -> dict[str, Any]:
+    """A verb of several kinds: `add_argument` of each."""
+    kinds = verbs.add_parser(verb, help=what, allow_abbrev=False).add_subparsers(
         dest="kind", metavar="COMMAND", parser_class=Parser, required=True
     )
-    chunk = kinds.add_parser(
-        "chunk",
-        help="chunks to train long documents in: memory and tokens/s of each size",
-        description="Memory of a device and tokens/s of an experiment in chunks of C "
-        "tokens of which K of a document wait, for many C and K, and the fastest that "
-        "fits. --config.KEY=VALUE sets fields of the experiment.",
-        allow_abbrev=False,
-    )
-    add = chunk.add_argument
+    return {
+        kind: kinds.add_parser(kind, help=text, allow_abbrev=False).add_argument
+        for kind, text in told.items()
+    }
+
+
+def _add_plan(verbs: Any) -> None:
+    told = {"chunk": "chunks for long documents: memory and tokens/s of each size"}
+    add = _kinds(verbs, "plan", "what a run would best be set to", told)["chunk"]
     add("--config", required=True, metavar="FILE[:ARG]", help="experiment file")
     add(
         "--lengths",

@@ -46,3 +46,23 @@ def test_train_and_look(monkeypatch, tmp_path):
     trained, random = text.split("mean surprise: trained ")[1].split(" random ")
     assert float(trained.split()[0]) < float(random.split()[0].rstrip(".")) < 9.5
     assert "the last token moves the belief" in text
+
+
+@pytest.mark.timeout(300)
+def test_chunkflow(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    path = ROOT / "notebooks" / "03_chunkflow.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=240, resources={"metadata": {"path": str(ROOT)}}
+    )
+    client.execute()
+    text = shown(notebook)
+    # The paper's three figures (arXiv 2503.02356, section 4.3).
+    for units, bubble in ((42, "42.86%"), (56, "57.14%"), (46, "47.83%")):
+        assert f"{units} units, bubble {bubble}" in text
+    grown = float(text.split("beside keys and values times ")[1].split()[0])
+    assert 1 <= grown < 1.01
+    before, after = (text.split(f"{name}: ")[1] for name in ("before", "after"))
+    assert float(before.split("worst cell ")[1].split("%")[0]) < 50
+    assert float(after.split("worst cell ")[1].split("%")[0]) >= 95

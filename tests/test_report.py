@@ -314,3 +314,18 @@ def test_long_curves_are_averaged_with_their_extremes():
 )
 def test_ticks_are_round_and_inside(low, high, log, want):
     assert plot.ticks(low, high, log) == pytest.approx(want)
+
+
+def test_needles_asked_of_a_run_are_on_its_page_and_broken_ones_are_told(tmp_path):
+    folder = make_run(tmp_path / "run")
+    grid = {"lengths": [256, 4096], "depths": [0.5], "found": [[0.95], [0.3]]}
+    text = json.dumps(grid | {"title": HOSTILE})
+    (folder / "needle.json").write_text(text)
+    (folder / "needle-2.json").write_text(json.dumps(grid | {"found": [[1]]}))
+    (folder / "needle-3.json").write_text("{")
+    page_text = report.write([folder]).read_text()
+    assert "Needles in haystacks" in page_text and HOSTILE not in page_text
+    assert "4,096 tokens, depth 50 %: 30%" in page_text
+    for name in ("needle-2.json", "needle-3.json"):
+        assert f"{name} is no grid of needles and was left out." in page_text
+    assert page_text.count('class="x cell"') == 2

@@ -25,17 +25,8 @@ ORDER = [
     *[(name,) for name in ("checkpoint", "fault", "serve", "platform")],
     ("report", "doctor", "pull"),
     # main and its neighbours, which may import everything above and each other
-    (
-        "experiment",
-        "prepare",
-        "checks",
-        "export",
-        "session",
-        "main",
-        "dryrun",
-        "planning",
-    )
-    + ("talk", "convert", "tools", "terminal", "serving"),
+    ("experiment", "prepare", "checks", "export", "session", "main", "dryrun")
+    + ("talk", "convert", "tools", "terminal", "serving", "evaluate", "planning"),
     ("bench",),  # measures whole runs too
     ("verbs",),
     ("cli",),

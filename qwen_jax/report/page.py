@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_jax import config
-from qwen_jax.report import plot, record
+from qwen_jax.report import heat, plot, record
 
 SAMPLES = 6  # texts shown for each prompt, first and last among them
 PLOTS = (  # title, key, key of the held-out values, factor, from zero
@@ -65,6 +65,7 @@ def _one(run: record.Run, now_s: float) -> str:
         _tiles(run),
         _plots([run]),
         _section("Samples, by step", _samples(run)),
+        _section("Needles in haystacks", "".join(map(heat.figure, run.grids))),
         _section("Timeline", _timeline(run)),
         _section("Checkpoints", _checkpoints(run)),
         _section("Data", _data(run)),

@@ -3,7 +3,8 @@
 
 Formats: run.json is one object (commit, dirty, command, config, versions, mesh, seed,
 host, started, gzip_bits_per_byte, num_steps); metrics.jsonl as in `metrics.py`;
-samples.jsonl has {"step", "prompt", "text"}; checkpoints/ has a folder a step.
+samples.jsonl has {"step", "prompt", "text"}; checkpoints/ has a folder a step;
+needle*.json are what `qwen-jax eval needle --json` wrote there.
 Units: times are seconds since 1970, sizes bytes.
 Invariants: a file that is missing or broken becomes a note, never an exception.
 Raises: config.InputError when the folder is missing or has nothing of a run in it.
@@ -17,6 +18,7 @@ import statistics
 from collections.abc import Callable
 
 from qwen_jax import config, metrics
+from qwen_jax.report import heat
 
 Points = list[tuple[float, float]]
 
@@ -33,6 +35,7 @@ class Run:
     checkpoints: list[tuple[int, int, float]]  # (step, bytes, time written)
     written_s: float  # when metrics.jsonl last grew, 0 if never
     notes: list[str]
+    grids: list[dict] = dataclasses.field(default_factory=list)
 
     def points(self, key: str) -> tuple[Points, int]:
         """((step, value) of every line that has `key`, finite and in order of steps;
@@ -139,7 +142,9 @@ def load(workdir: pathlib.Path | str) -> Run:
     if not checkpoints:
         notes.append("No finished checkpoint.")
     written_s = (folder / "metrics.jsonl").stat().st_mtime if rows else 0.0
-    return Run(folder.name, folder, facts, rows, samples, checkpoints, written_s, notes)
+    grids = _grids(folder, notes)
+    found = facts, rows, samples, checkpoints, written_s, notes, grids
+    return Run(folder.name, folder, *found)
 
 
 def _facts(path: pathlib.Path, notes: list[str]) -> dict:
@@ -153,6 +158,21 @@ def _facts(path: pathlib.Path, notes: list[str]) -> dict:
     except ValueError:
         notes.append("run.json is not valid JSON and was left out.")
     return {}
+
+
+def _grids(folder: pathlib.Path, notes: list[str]) -> list[dict]:
+    """Needles that the model of this run was asked for."""
+    found = []
+    for path in sorted(folder.glob("needle*.json")):
+        try:
+            grid = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            grid = None
+        if heat.is_grid(grid):
+            found.append(grid)
+        else:
+            notes.append(f"{path.name} is no grid of needles and was left out.")
+    return found
 
 
 def _sampled(facts: dict) -> bool:
