@@ -139,21 +139,14 @@ def test_micro_batches_on_a_mesh_have_the_same_losses(data, alone):
     check(data, alone, "adamw", (2, 1, 2), **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "more"),
     [
         ((1, 1, 1), {"mesh.context": "4"}),
-        pytest.param(
-            (1, 2, 1),
-            {"mesh.context": "2", "train.document_mask": "false"},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            (2, 1, 2),
-            {"mesh.context": "2", "rules.context_attention": "gather"},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
+        ((1, 2, 1), {"mesh.context": "2", "train.document_mask": "false"}),
+        ((2, 1, 2), {"mesh.context": "2", "rules.context_attention": "gather"}),
+        (
             (1, 2, 1),
             {
                 "mesh.context": "4",
@@ -162,7 +155,6 @@ def test_micro_batches_on_a_mesh_have_the_same_losses(data, alone):
                 "train.loop": "unroll",
                 "train.micro_rows": "4",
             },
-            marks=pytest.mark.slow,
         ),
     ],
 )
