@@ -111,7 +111,8 @@ def test_it_writes_nothing_but_the_json(tmp_path, capsys, monkeypatch):
     assert code == 0, err
     assert [p.name for p in tmp_path.iterdir()] == ["numbers.json"]
     numbers = json.loads(out.read_text())
-    assert numbers["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1, "expert": 1}
+    axes = {"data": 4, "fsdp": 2, "tensor": 1, "expert": 1, "stage": 1}
+    assert numbers["mesh"] == axes
     assert f"{numbers['compiled']['peak'] / GIB:.3f}" in printed
     for word in ("weights", "optimizer", "activations kept", "FLOPs of a step",
                  "tokens: 256 a step", "checkpoint:", "ASSUMING", "fits"):  # fmt: skip
@@ -182,7 +183,7 @@ def test_slices_that_are_not_there(name, count, kind):
 def test_meshes_that_split_an_axis_of_the_torus(sizes):
     devices = topology.devices("v6e:4x4")
     made = mesh.make(mesh.MeshConfig(*sizes), devices)
-    assert tuple(made.shape.values()) == (*sizes, 1)
+    assert tuple(made.shape.values()) == (*sizes, 1, 1)
     assert {d.id for d in made.devices.flat} == {d.id for d in devices}
 
 
