@@ -10,9 +10,9 @@ longest wave to row, about 6 at 512 and 31 at 4,096, is in the range of theirs.
 Data: made-up facts and questions, `qwen-jax eval lessons`; see qwen_jax/eval/haystack.py.
 Expected: before, above 0.9 up to 512 tokens and none at 4,096; after, at least 0.95 in
 every cell of 256 to 4,096 tokens and nine depths. Found: 0.97 at 512, 0.41 at 1,024, none
-at 4,096; YaRN with factor 8 and no training, 0.93 at 4,096; after the stage 1.00 in every
-cell (needle.json beside this file).
-Cost: 7.5 minutes of processor time on 2 cores, with all questions. `:tiny` takes seconds.
+at 4,096; YaRN with factor 8 and no training, 0.93 at 4,096; after the stage 1.00 in
+every cell (needle.json beside this file).
+Cost: 7.5 minutes of processor time, all questions among it. `:tiny` takes seconds.
 Run: launch/needle.sh, of which the stages are
      qwen-jax run --config experiments/long/needle.py:short --workdir runs/needle/short
      qwen-jax run --config experiments/long/needle.py --workdir runs/needle/long
