@@ -2,17 +2,17 @@
 """Does a model trained at 512 tokens find facts at 4,096 after a short stage in chunks?
 
 Question: the recipe of long-context Qwen at a size for a CPU: weights of a stage of
-short rows (`:short`), a larger RoPE base, some rows of the new length, trained in chunks.
-Are needles found at every depth and length, and were they not before?
+short rows (`:short`), a larger RoPE base, some rows of the new length in chunks. Are
+needles found at every depth and length, and were they not before?
 Source: staged lengths and base, Qwen2.5-1M (arXiv 2501.15383: 4K to 256K, base 1e4 to
-1e7); base by ABF (arXiv 2309.16039); chunks, ChunkFlow (arXiv 2503.02356). The ratio of
-longest wave to row, about 6 at 512 and 31 at 4,096, is in the range of theirs.
-Data: made-up facts and questions, `qwen-jax eval lessons`; see qwen_jax/eval/haystack.py.
+1e7); base by ABF (arXiv 2309.16039); chunks, ChunkFlow (arXiv 2503.02356). The longest
+wave, 2 pi base, is 6 rows of 512 and 31 of 4,096; theirs is 15 of 4K and 240 of 256K.
+Data: made-up facts and questions by `qwen-jax eval lessons`; see eval/haystack.py.
 Expected: before, above 0.9 up to 512 tokens and none at 4,096; after, at least 0.95 in
-every cell of 256 to 4,096 tokens and nine depths. Found: 0.97 at 512, 0.41 at 1,024, none
-at 4,096; YaRN with factor 8 and no training, 0.93 at 4,096; after the stage 1.00 in every
-cell (needle.json beside this file).
-Cost: 7.5 minutes of processor time on 2 cores, with all questions. `:tiny` takes seconds.
+every cell of 256 to 4,096 tokens and nine depths. Found: 0.97 at 512, 0.41 at 1,024,
+none at 4,096; YaRN with factor 8 and no training, 0.93 at 4,096; after the stage 1.00
+in every cell (needle.json beside this file).
+Cost: 7.5 minutes of processor time, all questions among it. `:tiny` takes seconds.
 Run: launch/needle.sh, of which the stages are
      qwen-jax run --config experiments/long/needle.py:short --workdir runs/needle/short
      qwen-jax run --config experiments/long/needle.py --workdir runs/needle/long

@@ -10,10 +10,11 @@ model cards give it), attention factor 0.1 ln 4 + 1 = 1.139. Rate a tenth of tha
 pre-training.
 Data: documents of --data PATH, or JSON lines of ready ids with "prompt_tokens" and
 data.sources' tokens_field for fine-tuning, as `qwen-jax data preview` shows them.
-Expected: beside keys, values and their cotangents (28 layers, 8 kv heads of 128: 112 KiB
-a token in bfloat16, 3.5 GiB of 32K and 14 GiB of 128K, and twice that of cotangents in
-float32), activations of both are equal. Not run yet: this needs an accelerator.
-Cost: 2e8 tokens, 1.0e18 FLOPs at 32K, 2.3e18 at 128K. `:tiny` takes seconds on a CPU.
+Expected: beside keys, values and their cotangents (28 layers, 8 kv heads of 128: 112
+KiB a token in bfloat16, 3.5 GiB of 32K and 14 GiB of 128K, and twice that of cotangents
+in float32), activations of both are equal. Not run yet: this needs an accelerator.
+Cost: 2e8 tokens, at most 5.2e18 FLOPs at 32K and 1.9e19 at 128K (rows of one document).
+`:tiny` takes a minute on a CPU, most of it compiling.
 Run: qwen-jax pull Qwen/Qwen3-0.6B models/qwen3-0.6b
      qwen-jax run --config experiments/long/qwen3_0p6b.py:128k --data PATH --workdir DIR
      qwen-jax eval needle --model DIR/export --lengths 8192,32768,131072 --html FILE
