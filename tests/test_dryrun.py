@@ -183,7 +183,7 @@ def test_slices_that_are_not_there(name, count, kind):
 def test_meshes_that_split_an_axis_of_the_torus(sizes):
     devices = topology.devices("v6e:4x4")
     made = mesh.make(mesh.MeshConfig(*sizes), devices)
-    assert tuple(made.shape.values()) == (*sizes, 1, 1)
+    assert tuple(made.shape.values()) == (*sizes, 1, 1, 1)
     assert {d.id for d in made.devices.flat} == {d.id for d in devices}
 
 
