@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "train.micro_rows",
     "train.chunk_tokens",
     "train.live_chunks",
+    "train.kv_grad_dtype",
     "train.stage_order",
     "train.stage_parts",
     "train.max_skipped",
@@ -82,9 +83,11 @@ class TrainConfig:
     # their backward pass; 0 = whole rows.
     chunk_tokens: int = 0
     live_chunks: int = 1
+    # Of cotangents of their keys and values: "" for float32; bfloat16 halves them.
+    kv_grad_dtype: str = ""
     # Along mesh.stage (see train.pipeline): the order of micro-batches, 1f1b, eager or
     # interleaved, which has several stretches of layers on each device.
-    stage_order: str = "1f1b"
+    stage_order: str = "eager"
     stage_parts: int = 1
     # A model folder to start from, its tokenizer with it; "" = random weights.
     init_from: str = ""

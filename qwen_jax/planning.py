@@ -238,8 +238,9 @@ def candidate(exp: Any, setup: prepare.Setup, batches, rates: Rates) -> Candidat
     for batch in batches:
         plan = chunks.build(batch, c)
         short = [n for n in batch if n <= c]
-        groups = [one.chunks for one in plan.groups[::ways]]
-        packed = -(-len(plan.bins) // ways)
+        some, bins = chunks.beside(plan, ways)
+        groups = [-(-batch[items[0][0][0]] // c) for items in some]
+        packed = -(-len(bins) // ways)
         works.append(
             costs.work(
                 exp.model,

@@ -60,6 +60,7 @@ class Setup:
             z_coef=train.z_loss,
             router_losses=bool(routers and (routers.balance_coef or routers.z_coef)),
             remat=train.remat,
+            kv_grad_dtype=train.kv_grad_dtype,
         )
 
     @property
@@ -214,6 +215,7 @@ def chunk_memory(setup: Setup) -> chunk_costs.Estimate:
         chunk_tokens=train.chunk_tokens,
         live_chunks=train.live_chunks,
         chunks=chunks.rounded(most),
+        kv_grad_bytes=jnp.dtype(train.kv_grad_dtype or "float32").itemsize,
     )
 
 
@@ -283,6 +285,8 @@ def _stage_lines(exp: experiment.Experiment, stages: int, batch: Any) -> tuple:
 def _check_chunks(exp: experiment.Experiment) -> None:
     """Refuse what is trained in whole rows only."""
     train, spec = exp.train, exp.model
+    sizes = train.chunk_tokens, train.live_chunks
+    chunkflow.Settings(*sizes, kv_grad_dtype=train.kv_grad_dtype)
     layers.check(spec, train.chunk_tokens, exp.data.seq_tokens)
     if train.chunk_tokens > exp.data.seq_tokens:
         raise config.InputError(

@@ -11,7 +11,7 @@ appendix B), their values of seven digits. SYLLABLES: a language made up for mod
 are trained in minutes, in which every word is one id of `vocabulary()`. Its facts say
 their key behind the value again ("Ba ne Ba"): to predict that, a layer has to tell a
 value which key stands before it, which is half of a look-up. A small model learnt
-look-ups within 200 steps with it and still guessed after 300 without
+look-ups within 200 steps with it and was at 45 % after 300 without
 (experiments/LOG.md).
 Deviation from both: the haystack is cut to ids, so a length is exact, question and
 answer within it; and there are no line breaks.

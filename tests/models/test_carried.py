@@ -10,11 +10,13 @@ from qwen_jax import config
 from qwen_jax.models.kernels import blockwise, carried
 
 
+@pytest.mark.parametrize("lengths", [[48], [24, 17, 7]], ids=["one", "several"])
 @pytest.mark.parametrize("window", [0, 5, 19])
 @pytest.mark.parametrize(("chunk", "block"), [(8, 8), (16, 4), (24, 4)])
-def test_chunks_are_the_row(chunk, block, window, monkeypatch):
+def test_chunks_are_the_row(chunk, block, window, lengths, monkeypatch):
     """Outputs, and the gradients of queries, keys and values, of several blocks a chunk
-    too; other layers of the buffers stay as they are."""
+    and several documents in a row, too; other layers of the buffers stay as they are.
+    The second row has the documents the other way round."""
     monkeypatch.setattr(carried, "BLOCK", block)
     monkeypatch.setattr(carried, "block_for", lambda t: block)
     b, n, h, k, s, layer = 2, 4, 2, 8, 48, 1
@@ -24,8 +26,13 @@ def test_chunks_are_the_row(chunk, block, window, monkeypatch):
             jnp.asarray(rng.normal(size=(b, s, heads, k))) for heads in (n, h, h, n)
         )
 
+        each = lengths, lengths[::-1]
+        segments = [np.repeat(1 + np.arange(len(x)), x) for x in each]
+        before = jnp.stack([np.concatenate([np.arange(n) for n in x]) for x in each])
+        segments = jnp.stack(segments)
+
         def whole(q, key, v):
-            return blockwise.reference(q, key, v, window=window)
+            return blockwise.reference(q, key, v, segments, window=window)
 
         want, pull = jax.vjp(whole, q, key, v)
         wanted = pull(d)
@@ -37,14 +44,15 @@ def test_chunks_are_the_row(chunk, block, window, monkeypatch):
             k_buf = carried.written(k_buf, key[:, here], number, at)
             v_buf = carried.written(v_buf, v[:, here], number, at)
             kept[start] = carried.forward(
-                q[:, here], k_buf, v_buf, number, at, window=window
+                *(q[:, here], k_buf, v_buf, number, at, before[:, here]),
+                window=window,
             )
             np.testing.assert_allclose(kept[start][0], want[:, here], atol=1e-13)
         for start in reversed(starts):
             here, at = slice(start, start + chunk), jnp.int32(start)
             dq, dk_buf, dv_buf = carried.backward(
-                *(q[:, here], k_buf, v_buf, number, at, *kept[start], d[:, here]),
-                *(dk_buf, dv_buf),
+                *(q[:, here], k_buf, v_buf, number, at, before[:, here]),
+                *(*kept[start], d[:, here], dk_buf, dv_buf),
                 window=window,
             )
             np.testing.assert_allclose(dq, wanted[0][:, here], atol=1e-12)

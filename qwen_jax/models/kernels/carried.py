@@ -12,8 +12,9 @@ Shapes: q_btnk; k_lbhsk, v_lbhsk with s slots a multiple of t; layer and start i
 scalars, start a multiple of t; -> out_btnk in q's dtype and lse_bhgt, which the
 backward pass takes back. Cotangents dk_lbhsk, dv_lbhsk are float32 or wider, or what
 the caller made them.
-A query sees the keys at and before its own place, within `window` of them when that is
-above 0. What stands behind a row's tokens is seen by padding alone.
+positions_bt tells how many tokens of its document stand before a query, so documents
+may follow each other in a row: a query sees its own place and so many before it, within
+`window` of them when that is above 0. Padding has the position 0 and sees itself.
 Raises: config.InputError from `block_for`.
 """
 
@@ -44,20 +45,20 @@ def block_for(t: int) -> int:
     )
 
 
-def forward(q_btnk, k_lbhsk, v_lbhsk, layer, start, *, window: int = 0):
+def forward(q_btnk, k_lbhsk, v_lbhsk, layer, start, positions_bt, *, window: int = 0):
     """(out_btnk, lse_bhgt); see the module docstring."""
     (b, t, n, k), h = q_btnk.shape, k_lbhsk.shape[2]
     size = block_for(t)
     wide, near = jnp.promote_types(q_btnk.dtype, jnp.float32), mesh.varying(q_btnk)
 
     def query_block(_, part):
-        i, q_bhqk = part
+        i, q_bhqk, before_bq = part
         at_q, low, high = _places(i, start, size, q_bhqk.shape[2], window)
 
         def key_block(j, carry):
             out_bhqk, top_bhq, sum_bhq = carry
             k_bhsk, v_bhsk = _at(k_lbhsk, layer, j, size), _at(v_lbhsk, layer, j, size)
-            s_bhqs = _scores(q_bhqk, k_bhsk, at_q, j, window, wide)
+            s_bhqs = _scores(q_bhqk, k_bhsk, at_q, before_bq, j, window, wide)
             new_bhq = jnp.maximum(top_bhq, jnp.max(s_bhqs, axis=-1))
             p_bhqs = jnp.exp(s_bhqs - new_bhq[..., None])
             less_bhq = jnp.exp(top_bhq - new_bhq)
@@ -80,7 +81,11 @@ def forward(q_btnk, k_lbhsk, v_lbhsk, layer, start, *, window: int = 0):
             top + jnp.log(total),
         )
 
-    parts = jnp.arange(t // size), _in_blocks(q_btnk * k**-0.5, h, size)
+    parts = (
+        jnp.arange(t // size),
+        _in_blocks(q_btnk * k**-0.5, h, size),
+        _of_queries(positions_bt, n // h, size),
+    )
     _, (out_ibhqk, lse_ibhq) = jax.lax.scan(query_block, None, parts)
     lse_ibhgq = lse_ibhq.reshape(-1, b, h, n // h, size)
     lse_bhgt = jnp.moveaxis(lse_ibhgq, 0, 3).reshape(b, h, n // h, t)
@@ -93,6 +98,7 @@ def backward(
     v_lbhsk,
     layer,
     start,
+    positions_bt,
     out_btnk,
     lse_bhgt,
     d_btnk,
@@ -112,13 +118,13 @@ def backward(
     lse_ibhq = jnp.moveaxis(lse_bhgiq, 3, 0).reshape(delta_ibhq.shape)
 
     def query_block(carry, part):
-        i, q_bhqk, d_bhqk, lse_bhq, delta_bhq = part
+        i, q_bhqk, d_bhqk, lse_bhq, delta_bhq, before_bq = part
         at_q, low, high = _places(i, start, size, q_bhqk.shape[2], window)
 
         def key_block(j, carry):
             dq_bhqk, dk_lbhsk, dv_lbhsk = carry
             k_bhsk, v_bhsk = _at(k_lbhsk, layer, j, size), _at(v_lbhsk, layer, j, size)
-            s_bhqs = _scores(q_bhqk, k_bhsk, at_q, j, window, wide)
+            s_bhqs = _scores(q_bhqk, k_bhsk, at_q, before_bq, j, window, wide)
             p_bhqs = jnp.exp(s_bhqs - lse_bhq[..., None])
             how = {"preferred_element_type": wide}
             dp_bhqs = jnp.einsum("bhqk,bhsk->bhqs", d_bhqk, v_bhsk, **how)
@@ -145,6 +151,7 @@ def backward(
         _in_blocks(d_btnk.astype(q_btnk.dtype), h, size),
         lse_ibhq,
         delta_ibhq,
+        _of_queries(positions_bt, n // h, size),
     )
     carry, dq_ibhqk = jax.lax.scan(query_block, (dk_lbhsk, dv_lbhsk), parts)
     dq_btnk = (_out_of_blocks(dq_ibhqk, t, n) * k**-0.5).astype(q_btnk.dtype)
@@ -178,14 +185,22 @@ def _places(i, start, size, rows, window):
     return at_q, low, first // size + 1
 
 
-def _scores(q_bhqk, k_bhsk, at_q, j, window, wide):
+def _scores(q_bhqk, k_bhsk, at_q, before_bq, j, window, wide):
     size = k_bhsk.shape[2]
     s_bhqs = jnp.einsum("bhqk,bhsk->bhqs", q_bhqk, k_bhsk, preferred_element_type=wide)
     at_s = j * size + jnp.arange(size)
-    seen_qs = at_q[:, None] >= at_s[None]
+    back_qs = at_q[:, None] - at_s[None]
+    seen_bqs = (back_qs >= 0)[None] & (back_qs[None] <= before_bq[..., None])
     if window:
-        seen_qs &= at_q[:, None] - at_s[None] < window
-    return jnp.where(seen_qs[None, None], s_bhqs, blockwise.NEG)
+        seen_bqs &= (back_qs < window)[None]
+    return jnp.where(seen_bqs[:, None], s_bhqs, blockwise.NEG)
+
+
+def _of_queries(positions_bt, g, size):
+    """[blocks, b, g * size]: positions of the rows of a block of queries."""
+    b = len(positions_bt)
+    blocks = positions_bt.reshape(b, -1, size).transpose(1, 0, 2)
+    return jnp.tile(blocks, (1, 1, g))
 
 
 def _corner(layer, j, size):

@@ -287,22 +287,63 @@ def standalone(
 
 
 def dependent(
-    pieces: Sequence[Piece], chunk_tokens: int, chunks: int, rows: int
+    pieces: Sequence[Piece],
+    beside: Sequence[Sequence[Sequence[int]]],
+    chunk_tokens: int,
+    chunks: int,
 ) -> packing.Rows:
-    """Arrays [chunks, rows, C]: a piece in each row, beside each other; the rest is
-    padding."""
-    made = empty(rows, chunk_tokens, chunks)
-    for row, piece in enumerate(pieces):
-        for i, start in enumerate(range(0, len(piece), chunk_tokens)):
-            count = min(chunk_tokens, len(piece) - start)
-            put(made, (i, row, 0, count), start, piece, 1)
+    """Arrays [chunks, rows, C]: in each row its items, one after another, each from a
+    new chunk on; the rest is padding. An item is a long piece, or short ones that fit
+    in a chunk, by number."""
+    made = empty(len(beside), chunk_tokens, chunks)
+    for row, items in enumerate(beside):
+        chunk = segment = 0
+        for item in items:
+            first = 0
+            for i in item:
+                segment += 1
+                for start in range(0, len(pieces[i]), chunk_tokens):
+                    count = min(chunk_tokens, len(pieces[i]) - start)
+                    at = (chunk + start // chunk_tokens, row, first, count)
+                    put(made, at, start, pieces[i], segment)
+                first += len(pieces[i])
+            chunk += max(1, -(-first // chunk_tokens))
     return made
+
+
+def beside(plan: Plan, rows: int) -> tuple[list[list[list]], list[tuple[int, ...]]]:
+    """(of each batch of groups the items of its rows, standalone chunks that are left).
+
+    The longest group comes first in its batch, and the others are put beside it and
+    behind each other where there is room, in the fullest row that has it; then
+    standalone chunks where a row would wait.
+    """
+    groups, bins, batches = list(plan.groups), list(plan.bins), []
+    while groups:
+        most, left = groups[0].chunks, []
+        spaces, items = [most] * rows, [[] for _ in range(rows)]
+        for group in groups:
+            fits = [
+                (space, r) for r, space in enumerate(spaces) if space >= group.chunks
+            ]
+            if not fits:
+                left.append(group)
+                continue
+            _, r = min(fits)
+            spaces[r] -= group.chunks
+            items[r].append((group.document,))
+        for r in range(rows):
+            items[r] += bins[: spaces[r]]
+            del bins[: spaces[r]]
+        batches.append(items)
+        groups = left
+    return batches, bins
 
 
 @dataclasses.dataclass(frozen=True)
 class Dealt:
     """The chunks of a step on the rows of a process: standalone ones [rows, C], and
-    (arrays [n, rows, C] of a few groups beside each other, chunks of the longest)."""
+    (arrays [n, rows, C] of groups in rows beside each other, chunks of the longest)."""
 
     packed: list[packing.Rows]
     groups: list[tuple[packing.Rows, int]]
@@ -316,9 +357,8 @@ def deal(
 ) -> Dealt:
     """The chunks of pieces, dealt to so many rows.
 
-    Groups of about the same length go beside each other. Processes that hold different
-    rows of the same arrays get arrays of the same shapes: each has padding where
-    another has more.
+    Processes that hold different rows of the same arrays get arrays of the same shapes:
+    each has padding where another has more.
 
     Args:
       pieces: those of this process.
@@ -327,21 +367,18 @@ def deal(
       gather: gives what every process said (JSON), for one of this process.
     """
     plan = build([len(one) for one in pieces], chunk_tokens)
-    some = [plan.groups[i : i + rows] for i in range(0, len(plan.groups), rows)]
-    bins = [plan.bins[i : i + rows] for i in range(0, len(plan.bins), rows)]
-    said = gather([len(bins), [groups[0].chunks for groups in some]])
-    counts = [
-        max(one) for one in itertools.zip_longest(*(x[1] for x in said), fillvalue=0)
-    ]
+    some, bins = beside(plan, rows)
+    longest = [len(pieces[items[0][0][0]]) for items in some]
+    mine = [-(-len(bins) // rows), [-(-n // chunk_tokens) for n in longest]]
+    said = gather(mine)
+    each = itertools.zip_longest(*(one[1] for one in said), fillvalue=0)
     packed = []
-    for i in range(max(one[0] for one in said)):
-        mine = bins[i] if i < len(bins) else ()
-        packed.append(
-            standalone(pieces, (*mine, *[()] * (rows - len(mine))), chunk_tokens)
-        )
+    for first in range(0, max(one[0] for one in said) * rows, rows):
+        part = [*bins[first : first + rows], *[()] * rows][:rows]
+        packed.append(standalone(pieces, part, chunk_tokens))
     groups = []
-    for i, count in enumerate(counts):
-        ids = [pieces[one.document] for one in some[i]] if i < len(some) else []
-        arrays = dependent(ids, chunk_tokens, rounded(count), rows)
+    for i, count in enumerate(map(max, each)):
+        items = some[i] if i < len(some) else [[]] * rows
+        arrays = dependent(pieces, items, chunk_tokens, rounded(count))
         groups.append((arrays, count))
     return Dealt(packed, groups)

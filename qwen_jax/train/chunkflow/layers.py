@@ -327,28 +327,29 @@ def _lies(rules):
     kv_heads = rules.pspec("batch", None, "kv_heads", None)
     buffer = rules.pspec(None, "batch", "kv_heads", None, None)
     lse = rules.pspec("batch", "kv_heads", None, None)
-    return heads, kv_heads, buffer, lse
+    return heads, kv_heads, buffer, lse, rules.pspec("batch", None)
 
 
 def _attend(p, x, held, number, kind, *, angles, chunk, tail_bj, spec, rules):
     del tail_bj
     q_btnk, k_bthk, v_bthk = _before(p, x, angles=angles, spec=spec, rules=rules)
-    heads, kv_heads, buffer, lse = _lies(rules)
+    heads, kv_heads, buffer, lse, rows = _lies(rules)
 
-    def run(q, k, v, k_lbhsk, v_lbhsk, number, start):
+    def run(q, k, v, k_lbhsk, v_lbhsk, number, start, positions):
         k_lbhsk = carried.written(k_lbhsk, k, number, start)
         v_lbhsk = carried.written(v_lbhsk, v, number, start)
         how = {"window": kind.window}
-        made = carried.forward(q, k_lbhsk, v_lbhsk, number, start, **how)
+        made = carried.forward(q, k_lbhsk, v_lbhsk, number, start, positions, **how)
         return *made, k_lbhsk, v_lbhsk
 
     run = mesh.local(
         run,
-        inputs=(heads, kv_heads, kv_heads, buffer, buffer, jax.P(), jax.P()),
+        inputs=(heads, kv_heads, kv_heads, buffer, buffer, jax.P(), jax.P(), rows),
         out=(heads, lse, buffer, buffer),
     )
     out, lse, *held = run(
-        *(q_btnk, k_bthk, v_bthk, held.k_lbhsk, held.v_lbhsk, number, chunk.start)
+        *(q_btnk, k_bthk, v_bthk, held.k_lbhsk, held.v_lbhsk, number, chunk.start),
+        chunk.positions_bt,
     )
     x, counts = _after(p, x, out, kind=kind, chunk=chunk, spec=spec, rules=rules)
     return x, counts, Held(*held), {"out_lbtnk": out, "lse_lbhgt": lse}
@@ -365,12 +366,24 @@ def _attend_back(
     after = functools.partial(_after, kind=kind, chunk=chunk, **how)
     _, pull_after = jax.vjp(after, p, x, out)
     dp, dx, d_out = pull_after((dx, d_counts))
-    heads, kv_heads, buffer, lies = _lies(how["rules"])
+    heads, kv_heads, buffer, lies, rows = _lies(how["rules"])
     t = q_btnk.shape[1]
 
-    def run(q, k_lbhsk, v_lbhsk, out, lse, d_out, dk_lbhsk, dv_lbhsk, number, start):
+    def run(
+        q,
+        k_lbhsk,
+        v_lbhsk,
+        out,
+        lse,
+        d_out,
+        dk_lbhsk,
+        dv_lbhsk,
+        number,
+        start,
+        positions,
+    ):
         dq, dk_lbhsk, dv_lbhsk = carried.backward(
-            *(q, k_lbhsk, v_lbhsk, number, start, out, lse, d_out),
+            *(q, k_lbhsk, v_lbhsk, number, start, positions, out, lse, d_out),
             *(dk_lbhsk, dv_lbhsk),
             window=kind.window,
         )
@@ -381,12 +394,12 @@ def _attend_back(
     run = mesh.local(
         run,
         inputs=(*(heads, buffer, buffer, heads, lies, heads, buffer, buffer),)
-        + (jax.P(), jax.P()),
+        + (jax.P(), jax.P(), rows),
         out=(heads, kv_heads, kv_heads, buffer, buffer),
     )
     dq, dk, dv, *d_held = run(
         *(q_btnk, held.k_lbhsk, held.v_lbhsk, out, lse, d_out),
-        *(d_held.k_lbhsk, d_held.v_lbhsk, number, chunk.start),
+        *(d_held.k_lbhsk, d_held.v_lbhsk, number, chunk.start, chunk.positions_bt),
     )
     more_dp, more_dx = pull_before((dq, dk, dv))
     dp = jax.tree.map(jnp.add, dp, more_dp)

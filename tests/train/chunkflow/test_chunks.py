@@ -85,8 +85,8 @@ def test_tokens_are_there_once_and_in_order():
             counts = here & (packed["mask_bt"][row] > 0)
             targets[i] += packed["targets_bt"][row][counts].tolist()
         assert not packed["mask_bt"][row][segment == 0].any()
-    long = [pieces[g.document] for g in plan.groups]
-    beside = chunks.dependent(long, 8, 8, 5)
+    alone = [[[g.document]] for g in plan.groups]
+    beside = chunks.dependent(pieces, [*alone, []], 8, 8)
     assert beside["tokens_bt"].shape == (8, 5, 8)
     for row, group in enumerate(plan.groups):
         flat = {k: x[:, row].reshape(-1) for k, x in beside.items()}
@@ -98,6 +98,58 @@ def test_tokens_are_there_once_and_in_order():
     assert not beside["segments_bt"][:, 4].any()
     for i, ids in enumerate(documents):
         assert told[i] == ids.tolist() and targets[i] == ids[1:].tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_rows_are_filled_and_nothing_is_lost(rows):
+    """Groups lie beside and behind the longest, no row waits while a chunk is left, and
+    every token stands where its neighbours are those of its document."""
+    rng = np.random.default_rng(rows)
+    lengths = [*rng.integers(17, 120, 12), *rng.integers(1, 17, 40)]
+    pieces = [chunks.whole(rng.integers(1, 1000, n)) for n in lengths]
+    dealt = chunks.deal(pieces, 16, rows)
+    found = []
+    for part, count in dealt.groups:
+        assert part["tokens_bt"].shape == (chunks.rounded(count), rows, 16)
+        assert not part["segments_bt"][count:].any()
+        used = (part["segments_bt"][:count] > 0).any(axis=2)
+        assert used[:, 0].all() and (not dealt.packed or used.all())
+        for r in range(rows):
+            flat = {k: x[:, r].reshape(-1) for k, x in part.items()}
+            for number in range(1, flat["segments_bt"].max() + 1):
+                here = np.flatnonzero(flat["segments_bt"] == number)
+                assert (np.diff(here) == 1).all() and len(here)
+                assert len(here) <= 16 or here[0] % 16 == 0
+                np.testing.assert_array_equal(
+                    flat["positions_bt"][here], np.arange(len(here))
+                )
+                found.append(tuple(flat["tokens_bt"][here]))
+                np.testing.assert_array_equal(
+                    flat["targets_bt"][here][:-1], flat["tokens_bt"][here][1:]
+                )
+                assert flat["mask_bt"][here].sum() == len(here) - 1
+    for part in dealt.packed:
+        found += [tuple(one.tokens) for one in chunks.of_rows(part)]
+    assert sorted(found) == sorted(tuple(one.tokens) for one in pieces)
+    longest = sum(len(part["tokens_bt"]) > 0 for part, _ in dealt.groups)
+    assert longest <= (12 if rows == 1 else 1 + 12 // rows)
+
+
+def test_processes_get_arrays_of_one_shape():
+    """Each as many as the one that has most, with padding in the rest."""
+    long, short = [np.arange(1, 50)] * 3, [np.arange(1, 9)] * 5
+    pieces = [[chunks.whole(x) for x in documents] for documents in (long, short)]
+    told = []
+    for each in pieces:
+        chunks.deal(each, 8, 1, lambda mine: told.append(mine) or [mine])
+    assert told == [[0, [7, 7, 7]], [5, []]]
+    made = [chunks.deal(each, 8, 1, lambda mine: told) for each in pieces]
+    for one in made:
+        assert [len(x["tokens_bt"]) for x in one.packed] == [1] * 5
+        shapes = [(x["tokens_bt"].shape, count) for x, count in one.groups]
+        assert shapes == [((8, 1, 8), 7)] * 3
+    assert not made[1].groups[0][0]["segments_bt"].any()
+    assert not made[0].packed[4]["segments_bt"].any()
 
 
 def test_programs_are_for_two_numbers_of_chunks_in_each_doubling():

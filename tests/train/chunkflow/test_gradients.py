@@ -56,7 +56,8 @@ def wide(spec):
 def reference(spec, params, documents):
     """Mean loss over all targets, a whole document in each row, logits in the open."""
     pieces = [chunks.whole(one) for one in documents]
-    rows = chunks.dependent(pieces, max(map(len, documents)), 1, len(documents))
+    alone = [[[i]] for i in range(len(documents))]
+    rows = chunks.dependent(pieces, alone, max(map(len, documents)), 1)
     rows = {k: x[0] for k, x in rows.items()}
 
     def loss(params):
@@ -191,7 +192,8 @@ def test_losses_of_routers_are_those_of_the_whole_step():
         )
         spec = wide(dataclasses.replace(DENSE, moe=moe, dense_layers=(0,)))
         params, documents = models.init(spec, 2), draw([3, 20, 8, 1])
-        rows = chunks.dependent([chunks.whole(x) for x in documents], 20, 1, 4)
+        pieces = [chunks.whole(x) for x in documents]
+        rows = chunks.dependent(pieces, [[[i]] for i in range(4)], 20, 1)
         how = {"spec": spec, "rules": mesh.Rules()}
         how["config"] = step.StepConfig(z_loss=0.03)
         grads, parts = jax.jit(functools.partial(step.gradients, **how))(params, rows)

@@ -113,5 +113,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(tmp_path, caps
     refused("chunk_tokens=-1 must not be negative", *chunks(-1))
     refused("micro_rows=2 is of whole", *chunks(16), "--config.train.micro_rows=2")
     refused("document_mask=False", *chunks(16), "--config.train.document_mask=False")
+    refused("did you mean 'bfloat16'", *chunks(16), "--config.train.kv_grad_dtype=bf16")
     further = ["--config.model.mtp_layers=1"]
     refused("set --config.train.mtp_coef=0", *chunks(16), *further)
