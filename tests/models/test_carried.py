@@ -10,7 +10,13 @@ from qwen_jax import config
 from qwen_jax.models.kernels import blockwise, carried
 
 
-@pytest.mark.parametrize("lengths", [[48], [24, 17, 7]], ids=["one", "several"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([48], id="one", marks=pytest.mark.slow),
+        pytest.param([24, 17, 7], id="several"),
+    ],
+)
 @pytest.mark.parametrize("window", [0, 5, 19])
 @pytest.mark.parametrize(("chunk", "block"), [(8, 8), (16, 4), (24, 4)])
 def test_chunks_are_the_row(chunk, block, window, lengths, monkeypatch):

@@ -308,6 +308,7 @@ def test_a_mesh_gives_the_same_numbers_and_gradients(name):
             )
 
 
+@pytest.mark.slow
 def test_loops_and_remat_change_nothing():
     """Nor do images that are given row by row."""
     spec = tiny("qwen3_vl")

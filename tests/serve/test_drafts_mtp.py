@@ -60,9 +60,9 @@ def played(made, some, salt, **fields):
 @pytest.mark.parametrize(
     "name",
     [
-        "qwen3_next",
+        pytest.param("qwen3_next", marks=pytest.mark.slow),
         pytest.param("qwen3_5", marks=pytest.mark.slow),
-        pytest.param("attention alone", marks=pytest.mark.slow),
+        "attention alone",
     ],
 )
 def test_passes_are_those_of_draft_generate(name, monkeypatch):

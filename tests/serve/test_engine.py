@@ -99,7 +99,10 @@ def test_answers_are_those_by_hand_and_nothing_is_compiled(spec):
     assert after.compiled == before.compiled
 
 
-@pytest.mark.parametrize("spec", [SPEC, HYBRID], ids=["dense", "hybrid"])
+SLOW = pytest.param(HYBRID, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("spec", [SPEC, SLOW], ids=["dense", "hybrid"])
 def test_bursts_are_steps_one_after_the_other(spec):
     """Steps that are given to the device at once, greedy and drawn, with rows that end
     inside of a burst and others that wait."""

@@ -157,7 +157,7 @@ def test_sizes_of_chunks_and_numbers_that_wait(name, dtype, sizes):
             assert int(sums.forwards) == n + max(0, n - k)
 
 
-SLOW = ("bias", "gate", "window")
+SLOW = ("bias", "gate", "window", "hybrid")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +226,7 @@ def test_choices_that_are_dropped_are_counted():
     assert int(jnp.sum(packed.stats["dropped"])) == 0
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_as_without_chunks():
     spec = dataclasses.replace(DENSE, compute_dtype="bfloat16")
     params, documents = models.init(spec, 1), draw([61, 9])
@@ -242,7 +243,8 @@ def test_bfloat16_is_as_near_as_without_chunks():
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 @pytest.mark.parametrize(
-    "name", ["dense", "moe", pytest.param("hybrid", marks=pytest.mark.slow)]
+    "name",
+    ["dense", *(pytest.param(x, marks=pytest.mark.slow) for x in ("moe", "hybrid"))],
 )
 def test_on_a_mesh(name):
     """Rows over data and fsdp, heads over tensor; as on one device."""
