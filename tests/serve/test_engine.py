@@ -41,6 +41,7 @@ HYBRID = dataclasses.replace(
     norm_offset=True,
     rotary_share=0.5,
 )
+SLOW = pytest.param(HYBRID, marks=pytest.mark.slow)
 Piece, Request = request_lib.Piece, request_lib.Request
 SETTINGS = device.Settings(rows=4, page_tokens=8, piece=32, max_tokens=128)
 
@@ -97,9 +98,6 @@ def test_answers_are_those_by_hand_and_nothing_is_compiled(spec):
     after = made.load()
     assert (after.running, after.waiting, after.pages_used) == (0, 0, 0.0)
     assert after.compiled == before.compiled
-
-
-SLOW = pytest.param(HYBRID, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("spec", [SPEC, SLOW], ids=["dense", "hybrid"])
