@@ -29,7 +29,7 @@ import numpy as np
 
 from qwen_jax import config, experiment, prepare
 from qwen_jax.data import packing
-from qwen_jax.plan import chips, memory, topology
+from qwen_jax.plan import chips, memory, micro, topology
 from qwen_jax.plan import chunks as costs
 from qwen_jax.train import state as state_lib
 from qwen_jax.train.chunkflow import chunks, lengths
@@ -39,7 +39,6 @@ LIVE = (1, 2, 4, 8)
 SHORTEST = 128  # candidates of C are powers of two from here on
 STEPS = 4  # batches that work is counted in, and steps that are measured
 ASSUMED = {"cpu": 0.5, "gpu": 0.4, "tpu": 0.4}  # of the peak that products reach
-FULL = 0.95  # of a device's memory that a run may take
 DRAWN = 100_000  # documents of the published lengths that batches are drawn from
 
 
@@ -90,9 +89,13 @@ def main(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     sizes = pairs(args.chunks, exp.data.seq_tokens)
     histogram = read_lengths(args.lengths, args.scale, args.seed)
     devices = topology.devices(args.topology, 1) if args.topology else None
+    for size in sizes:
+        prepare.check_chunks(with_chunks(exp, size))
     exp, setup = prepare.set_up(with_chunks(exp, sizes[0]), devices)
     device = setup.device_mesh.devices.flat[0]
-    budget = int(args.memory_gib * GIB) or int(FULL * chips.memory_bytes(device))
+    budget = int(args.memory_gib * GIB) or int(
+        micro.HEADROOM * chips.memory_bytes(device)
+    )
     batches = draw(histogram, exp, args.seed)
     rates = assumed(device)
     made = [candidate(with_chunks(exp, size), setup, batches, rates) for size in sizes]
@@ -115,6 +118,8 @@ def main(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     }
     print(render(record, setup.lines[:2], histogram, made))
     if args.json:
+        for row in record["candidates"]:  # JSON has no NaN
+            row["measured_s"] = row["measured_s"] if row["measured_bytes"] else None
         pathlib.Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
     best = chosen(made, budget, exp)
     print(

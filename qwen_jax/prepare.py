@@ -102,7 +102,7 @@ def set_up(
             "--config.rules.* or --config.model.reduce_dtype=compute"
         )
     if exp.train.chunk_tokens:
-        _check_chunks(exp)
+        check_chunks(exp)
     if exp.export:
         hf_config.check_spec(spec)
     tree = decoder.decoder_params(spec)
@@ -282,7 +282,7 @@ def _stage_lines(exp: experiment.Experiment, stages: int, batch: Any) -> tuple:
     return (line,)
 
 
-def _check_chunks(exp: experiment.Experiment) -> None:
+def check_chunks(exp: experiment.Experiment) -> None:
     """Refuse what is trained in whole rows only."""
     train, spec = exp.train, exp.model
     sizes = train.chunk_tokens, train.live_chunks

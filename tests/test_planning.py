@@ -48,6 +48,7 @@ def test_the_fastest_that_fits_is_named(tmp_path, capsys):
         *((512, k) for k in (1, 2)),
         (1024, 1),
     }
+    assert all(row["measured_s"] is None for row in rows)
     times = [row["step_s"] for row in rows]
     assert times == sorted(times)
     best = rows[0]
@@ -98,7 +99,10 @@ def test_rates_are_fitted_to_what_was_measured():
     [
         (["--memory_gib=0.001"], "nothing fits in 0.00 GiB of a device: the least is"),
         (["--chunks=128"], "--chunks has '128', wanted pairs of tokens and chunks"),
-        (["--chunks=4096x1"], "train.chunk_tokens=4096 passes data.seq_tokens=1024"),
+        (
+            ["--chunks=256x1,4096x1"],
+            "train.chunk_tokens=4096 passes data.seq_tokens=1024",
+        ),
         (["--lengths=nowhere"], "--lengths nowhere: no such file"),
         (["--measure=1", "--topology=v6e:2x2"], "--measure runs on this machine"),
         (["--measure=-1"], "--measure -1 is below 0"),
