@@ -14,8 +14,10 @@ if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
     exit 0
 fi
+out="${1:-}"
+[[ -z "$out" || "$out" == /* ]] || out="$PWD/$out"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out="${1:-runs/needle}"
+out="${out:-runs/needle}"
 command="${QWEN_JAX:-}"
 if [[ -z "$command" ]]; then
     command="$(command -v .venv/bin/qwen-jax || command -v qwen-jax)" || {
@@ -45,9 +47,10 @@ ask() { # NAME, title, stage and flags
     if [[ ! -f "$out/$1.json" ]]; then
         echo "$2"
         $command eval needle --model "$out/$3/export" --lengths $lengths --depths 9 \
-            --count 20 --title "$2" --json "$out/$1.json" "${@:4}"
-        cp "$out/$1.json" "$out/$3/needle-$1.json" # a section of its report
+            --count 20 --title "$2" --json "$out/$1.part" "${@:4}"
+        cp "$out/$1.part" "$out/$3/needle-$1.json" # a section of its report
         $command report "$out/$3"
+        mv "$out/$1.part" "$out/$1.json" # last: what is there is whole
     fi
 }
 

@@ -16,7 +16,7 @@ from qwen_jax.checkpoint import compatible
 from qwen_jax.data import mixture, source, tokenizer
 from qwen_jax.models import decoder, hf, rope
 from qwen_jax.models import spec as spec_lib
-from qwen_jax.plan import chips, micro
+from qwen_jax.plan import chips, memory, micro
 
 
 def with_stored(exp: experiment.Experiment, stored: dict) -> experiment.Experiment:
@@ -35,12 +35,24 @@ def chunk_memory(setup: prepare.Setup) -> None:
     """Refuse chunks of which the longest row does not fit in a device's memory."""
     if setup.chunks is None:
         return
-    held, train = prepare.chunk_memory(setup), setup.exp.train
+    held, exp, train = prepare.chunk_memory(setup), setup.exp, setup.exp.train
     device = setup.device_mesh.devices.flat[0]
     there = int(micro.HEADROOM * chips.memory_bytes(device))
+    gib, longest = 1 << 30, exp.data.seq_tokens
+    sizes = dict(setup.device_mesh.shape)
+    how = exp.model, exp.rules, sizes, train.remat
+    # Without a backward pass about half of what a layer works in.
+    row = memory.activation_bytes_per_token(*how)[1] // 2 * longest
+    alone = held.weights + held.optimizer + held.head + row
+    if exp.eval.every_steps and exp.data.holdout_share and alone > there:
+        raise config.InputError(
+            f"held-out text goes through the model in whole rows, and one of {longest} "
+            f"tokens needs about {alone / gib:.2f} GiB of a device, of which "
+            f"{there / gib:.2f} GiB are to be used; set --config.eval.every_steps=0, a "
+            "larger --config.mesh.tensor, or a smaller --config.data.seq_tokens"
+        )
     if held.total <= there:
         return
-    gib, longest = 1 << 30, setup.exp.data.seq_tokens
     raise config.InputError(
         f"rows of {longest} tokens in chunks of {train.chunk_tokens}, of which "
         f"{train.live_chunks} wait, need about {held.total / gib:.2f} GiB of a device: "
@@ -122,7 +134,7 @@ CHOSEN = (
     *("moe.exchange", "moe.pieces"),
 )
 # and what stages of longer rows change: ABF (2309.16039), YaRN (arXiv 2309.00071).
-LENGTH = ("max_positions", "rope_theta", "rope_scaling")
+LENGTH = ("max_positions", "rope_theta", "rope_scaling", "dual_chunk")
 
 
 def init_from(exp: experiment.Experiment, say: Callable[[str], None]) -> None:
@@ -154,6 +166,8 @@ def _length(there: spec_lib.Spec, here: spec_lib.Spec) -> str:
 
     def shown(spec: spec_lib.Spec, key: str) -> str:
         value = getattr(spec, key)
+        if key == "dual_chunk":
+            return "none" if value is None else f"{value.chunk_size:,}"
         if key != "rope_scaling":
             return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
         if value is None:

@@ -111,6 +111,11 @@ def numbers(flag: str, text: str, kind: type) -> list[Any]:
 def depths(given: list[float]) -> tuple[float, ...]:
     """Depths as they are given; of one whole number above 1, as many from 0 to 1."""
     if len(given) == 1 and given[0] > 1:
+        if not given[0].is_integer() or given[0] > 1000:
+            raise config.InputError(
+                f"--depths {given[0]:g}: wanted a whole number up to 1000, or depths "
+                "from 0 to 1"
+            )
         count = int(given[0])
         return tuple(i / (count - 1) for i in range(count))
     return tuple(given)
@@ -125,9 +130,14 @@ def changed(
         lines.append(f"RoPE base {args.rope_theta:g} in place of {spec.rope_theta:g}")
         spec = dataclasses.replace(spec, rope_theta=args.rope_theta)
     if args.yarn:
-        if args.yarn <= 1:
-            raise config.InputError(f"--yarn {args.yarn:g}: wanted a factor above 1")
-        was = spec.max_positions
+        if not 1 < args.yarn <= 4096:
+            raise config.InputError(
+                f"--yarn {args.yarn:g}: wanted a factor above 1, up to 4096"
+            )
+        was, old = spec.max_positions, spec.rope_scaling
+        if old is not None:
+            was = old.original_positions or was
+            lines.append(f"{old.kind} with factor {old.factor:g} is taken out")
         scaling = spec_lib.RopeScaling("yarn", args.yarn, original_positions=was)
         lines.append(f"YaRN factor {args.yarn:g} on {was:,} positions")
         more = int(was * args.yarn)

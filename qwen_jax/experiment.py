@@ -97,6 +97,13 @@ class TrainConfig:
             raise ValueError(f"loop={self.loop!r}: wanted scan or unroll")
         _not_negative(self, "num_steps", "tokens", "batch_tokens", "micro_rows")
         _not_negative(self, "mtp_coef", "chunk_tokens")
+        for name, known in (
+            ("stage_order", ("1f1b", "eager", "interleaved")),
+            ("kv_grad_dtype", ("", "bfloat16", "float32", "float64")),
+        ):
+            if getattr(self, name) not in known:
+                hint = config.nearest(getattr(self, name), known)
+                raise ValueError(f"{name}={getattr(self, name)!r}{hint}")
         for name in ("live_chunks", "stage_parts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

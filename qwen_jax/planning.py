@@ -81,6 +81,9 @@ def main(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     for name in ("measure", "memory_gib"):
         if getattr(args, name) < 0:
             raise config.InputError(f"--{name} {getattr(args, name)} is below 0")
+    folder = pathlib.Path(args.json).parent
+    if not folder.is_dir():
+        raise config.InputError(f"--json {args.json}: there is no folder {folder}")
     if args.measure and args.topology:
         raise config.InputError(
             f"--measure runs on this machine and --topology {args.topology} is another"
@@ -104,7 +107,7 @@ def main(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     for i in range(min(args.measure, fitting)):
         print(f"running {made[i].name} ({i + 1} of {args.measure})", flush=True)
         made[i] = measured(made[i], exp, batches, args.seed)
-    if args.measure and fitting:
+    if any(one.measured_bytes for one in made):
         rates = fitted(made, rates)
         made = [dataclasses.replace(x, step_s=rates.seconds(x.work)) for x in made]
     record = {
@@ -275,6 +278,16 @@ def measured(one: Candidate, exp: Any, batches, seed: int) -> Candidate:
     exp, setup = prepare.set_up(
         with_chunks(exp, (one.chunk_tokens, one.live_chunks)), None
     )
+    try:
+        return _run(one, exp, setup, batches, seed)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"{one.name} ran out of memory here", flush=True)
+        return dataclasses.replace(one, bytes=max(one.bytes, 1 << 62))
+
+
+def _run(one: Candidate, exp: Any, setup: Any, batches, seed: int) -> Candidate:
     spec = exp.model
     step = prepare.compile_step(setup)
     place = prepare.placer_of(setup, np.zeros(spec.vocab_size, np.float32))

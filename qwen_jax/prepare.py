@@ -88,10 +88,10 @@ def set_up(
             f"data.seq_tokens={exp.data.seq_tokens} passes model.max_positions="
             f"{spec.max_positions}; set one of them"
         )
-    _check_stages(exp, device_mesh.shape["stage"])
+    _check_stages(exp, dict(device_mesh.shape))
     context_ways = _tokens_ways(device_mesh, exp.rules)
     if device_mesh.shape["context"] > 1 or context_ways > 1:
-        _check_context(exp, context_ways)
+        _check_context(exp, dict(device_mesh.shape), context_ways)
     spread = mesh.names(exp.rules.batch)
     spread += mesh.names(exp.rules.tokens) if context_ways > 1 else ()
     off = set(mesh.names(exp.rules.embed)) - set(spread)
@@ -136,7 +136,9 @@ def _tokens_ways(device_mesh: Any, rules: mesh.Rules) -> int:
     return math.prod(device_mesh.shape[a] for a in mesh.names(rules.tokens))
 
 
-def _check_context(exp: experiment.Experiment, ways: int) -> None:
+def _check_context(
+    exp: experiment.Experiment, sizes: dict[str, int], ways: int
+) -> None:
     """Refuse what is trained on whole rows only, where rows are split."""
     train, spec, rules = exp.train, exp.model, exp.rules
     tokens = set(mesh.names(rules.tokens))
@@ -147,17 +149,17 @@ def _check_context(exp: experiment.Experiment, ways: int) -> None:
                 f"rules.tokens={rules.tokens!r} and rules.{dim} both lie on "
                 f"{', '.join(sorted(both))}; set --config.rules.tokens=context"
             )
-    if exp.mesh.context > 1 and "context" not in tokens:
+    if sizes["context"] > 1 and "context" not in tokens:
         raise config.InputError(
-            f"mesh.context={exp.mesh.context} and rules.tokens={rules.tokens!r}: those "
+            f"mesh.context={sizes['context']} and rules.tokens={rules.tokens!r}: those "
             "devices would all do the same; set --config.rules.tokens=context or "
             "--config.mesh.context=1"
         )
     depths = spec.mtp_layers if train.mtp_coef else 0
     context.check(spec, exp.data.seq_tokens, ways, depths=depths)
-    if exp.mesh.stage > 1:
+    if sizes["stage"] > 1:
         raise config.InputError(
-            f"mesh.stage={exp.mesh.stage} and mesh.context={ways}: stages take whole "
+            f"mesh.stage={sizes['stage']} and mesh.context={ways}: stages take whole "
             "rows; set --config.mesh.stage=1 or --config.mesh.context=1"
         )
     if train.chunk_tokens:
@@ -219,9 +221,10 @@ def chunk_memory(setup: Setup) -> chunk_costs.Estimate:
     )
 
 
-def _check_stages(exp: experiment.Experiment, stages: int) -> None:
+def _check_stages(exp: experiment.Experiment, sizes: dict[str, int]) -> None:
     """Refuse layers that lie along something else than the stages that compute them."""
     layers, train, spec = exp.rules.layers, exp.train, exp.model
+    stages = sizes["stage"]
     if stages == 1 and layers:
         raise config.InputError(
             f"rules.layers={layers!r}: layers are computed one after another, so their "
@@ -246,11 +249,12 @@ def _check_stages(exp: experiment.Experiment, stages: int) -> None:
             "through stages in whole rows (chunks do in "
             "train.pipeline.chunked_value_and_grad); set one of them"
         )
-    if spec.mtp_layers and train.mtp_coef:
+    if spec.mtp_layers or spec.vision is not None:
+        what = "a tower for images" if spec.vision else "layers for further tokens"
         raise config.InputError(
-            f"mesh.stage={stages} and the model has {spec.mtp_layers} layers for "
-            "further tokens, which no stage has; set --config.train.mtp_coef=0 to "
-            "leave them untrained"
+            f"mesh.stage={stages} and the model has {what}, which no stage has; set "
+            "--config.mesh.stage=1, or train a model without (--config.model."
+            f"{'vision=None' if spec.vision else 'mtp_layers=0'})"
         )
     if spec.reduce_dtype != "compute":
         raise config.InputError(
@@ -258,10 +262,10 @@ def _check_stages(exp: experiment.Experiment, stages: int) -> None:
             "stages gradients are summed in the dtype of compute; set "
             "--config.model.reduce_dtype=compute"
         )
-    if exp.mesh.fsdp != 1 and exp.mesh.expert != 1:
+    if sizes["fsdp"] > 1 and sizes["expert"] > 1:
         raise config.InputError(
-            f"mesh.stage={stages} with mesh.fsdp={exp.mesh.fsdp} and mesh.expert="
-            f"{exp.mesh.expert}: one of them at a time inside stages; set "
+            f"mesh.stage={stages} with mesh.fsdp={sizes['fsdp']} and mesh.expert="
+            f"{sizes['expert']}: one of them at a time inside stages; set "
             "--config.mesh.fsdp=1 or --config.mesh.expert=1"
         )
     pipeline.share_of(spec, stages, train.stage_parts)

@@ -399,7 +399,7 @@ def _add_plan(verbs: Any) -> None:
         "--memory_gib",
         type=float,
         default=0.0,
-        help="of a device (default: all it has)",
+        help="of a device (default: what a run may use of it)",
     )
     add(
         "--topology", default="", metavar="NAME", help="of a TPU slice, such as v6e:4x4"

@@ -166,7 +166,7 @@ def _grids(folder: pathlib.Path, notes: list[str]) -> list[dict]:
     for path in sorted(folder.glob("needle*.json")):
         try:
             grid = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             grid = None
         if heat.is_grid(grid):
             found.append(grid)

@@ -57,7 +57,7 @@ def no_sums(spec: spec_lib.Spec, params: Any) -> Sums:
     def zeros(w):
         return jnp.zeros_like(w, dtype=jnp.promote_types(w.dtype, jnp.float32))
 
-    dtype = jax.tree.leaves(params)[0].dtype
+    dtype = jnp.promote_types(jax.tree.leaves(params)[0].dtype, spec.compute_dtype)
     zero = jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
     none = jnp.zeros((), jnp.int32)
     return Sums(jax.tree.map(zeros, params), zero, zero, none, no_stats(spec))

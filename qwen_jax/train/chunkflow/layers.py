@@ -62,7 +62,8 @@ def check(spec: spec_lib.Spec, chunk_tokens: int, longest: int) -> None:
     if spec.dual_chunk is not None and dual_chunk.needed(spec.dual_chunk, longest):
         raise config.InputError(
             f"a document of {longest} tokens needs dual chunk attention in this model, "
-            "which chunkflow does not compute; use YaRN, or shorter documents"
+            "which chunkflow does not compute; set --config.model.dual_chunk=None (and "
+            "--config.model.rope_scaling for YaRN), or take shorter documents"
         )
     parts = {
         "attention that chooses its keys": spec.indexed,

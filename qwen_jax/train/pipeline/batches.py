@@ -199,6 +199,11 @@ def _check_axes(spec, rules):
             "stages: one of them at a time; set --config.mesh.fsdp=1 or "
             "--config.mesh.expert=1"
         )
+    if (ways := mesh.axis_size(rules.tokens)) > 1:
+        raise config_lib.InputError(
+            f"rules.tokens={rules.tokens!r} has {ways} devices: "
+            "stages take whole rows; set --config.mesh.context=1"
+        )
     if spec.reduce_dtype != "compute" and mesh.axis_size(rules.batch) > 1:
         raise config_lib.InputError(
             f"model.reduce_dtype={spec.reduce_dtype}: inside stages gradients of rows "
