@@ -364,6 +364,8 @@ def config_of(spec: spec_lib.Spec) -> dict[str, Any]:
         raw["qkv_bias"] = spec.qkv_bias
     if spec.moe is not None:
         raw |= _moe_config(spec)
+    elif known.sparse:
+        raw["num_experts"] = 0  # what has none there is asked how many it has
     if spec.bos_id is not None:
         raw["bos_token_id"] = spec.bos_id
     if spec.eos_ids:

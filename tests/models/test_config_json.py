@@ -200,6 +200,14 @@ ROPE = st.dictionaries(
 )
 
 
+def test_a_model_without_experts_in_a_family_that_has_them():
+    raw = dict(HYBRID) | {"num_experts": 0}
+    spec = hf_config.spec_from_config(raw)
+    assert spec.moe is None
+    told = hf_config.config_of(spec)
+    assert told["num_experts"] == 0 and hf_config.spec_from_config(told) == spec
+
+
 @given(st.data())
 @settings(max_examples=400)
 def test_a_changed_file_is_a_model_or_a_named_mistake(data):
