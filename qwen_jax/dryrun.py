@@ -143,7 +143,7 @@ def measure(
     device = setup.device_mesh.devices.flat[0]
     batch, derivation = setup.batch, setup.derivation
     sizes = dict(setup.device_mesh.shape)
-    derived = _derived(setup, _ways(exp.rules, sizes))
+    derived = _derived(setup)
     state = prepare.abstract_inputs(setup)[0]
     start_s = time.monotonic()
     program, ran_out = _compile(setup)
@@ -206,26 +206,21 @@ def measure(
     )
 
 
-def _derived(setup: prepare.Setup, ways: int) -> Any:
+def _derived(setup: prepare.Setup) -> Any:
     """What a step holds by its shapes."""
     if setup.chunks is not None:
         return prepare.chunk_memory(setup)
-    exp, batch = setup.exp, setup.batch
+    exp, batch, sizes = setup.exp, setup.batch, dict(setup.device_mesh.shape)
+    ways = memory.ways(exp.rules.batch, sizes) * memory.ways(exp.rules.tokens, sizes)
     return memory.estimate(
         exp.model,
         exp.rules,
-        dict(setup.device_mesh.shape),
+        sizes,
         optimizer=exp.optim.name,
         remat=exp.train.remat,
         tokens=batch.micro_rows * exp.data.seq_tokens // ways,
         micro_steps=batch.micro_steps,
     )
-
-
-def _ways(rules: mesh.Rules, sizes: dict[str, int]) -> int:
-    """Devices that the tokens of a batch are dealt to, rows and parts of rows."""
-    axes = mesh.names(rules.batch) + mesh.names(rules.tokens)
-    return math.prod(sizes[a] for a in axes)
 
 
 def _compile(setup: prepare.Setup) -> tuple[Any, int]:

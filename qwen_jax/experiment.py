@@ -20,6 +20,8 @@ from qwen_jax.data import loader
 from qwen_jax.models import decoder, sizes
 from qwen_jax.models import spec as spec_lib
 from qwen_jax.optim import build
+from qwen_jax.train.chunkflow import gradients
+from qwen_jax.train.pipeline import batches
 
 # What a resumed run may change; everything else would train another thing.
 MAY_CHANGE = (
@@ -98,8 +100,8 @@ class TrainConfig:
         _not_negative(self, "num_steps", "tokens", "batch_tokens", "micro_rows")
         _not_negative(self, "mtp_coef", "chunk_tokens")
         for name, known in (
-            ("stage_order", ("1f1b", "eager", "interleaved")),
-            ("kv_grad_dtype", ("", "bfloat16", "float32", "float64")),
+            ("stage_order", batches.ORDERS),
+            ("kv_grad_dtype", gradients.KV_GRAD_DTYPES),
         ):
             if getattr(self, name) not in known:
                 hint = config.nearest(getattr(self, name), known)

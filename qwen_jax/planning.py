@@ -89,7 +89,7 @@ def main(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
             f"--measure runs on this machine and --topology {args.topology} is another"
         )
     exp = experiment.resolve(args.config, overrides, "")
-    sizes = pairs(args.chunks, exp.data.seq_tokens)
+    sizes = pairs(args.chunks) or worth_a_look(exp.data.seq_tokens)
     histogram = read_lengths(args.lengths, args.scale, args.seed)
     devices = topology.devices(args.topology, 1) if args.topology else None
     for size in sizes:
@@ -153,19 +153,22 @@ def chosen(made: Sequence[Candidate], budget: int, exp: Any) -> Candidate:
     return min(fitting, key=lambda one: one.step_s)
 
 
-def pairs(text: str, longest: int) -> list[tuple[int, int]]:
-    """(C, K) of "CxK,CxK"; without any, those worth a look for rows of `longest`.
+def worth_a_look(longest: int) -> list[tuple[int, int]]:
+    """(C, K) for rows of `longest`: powers of two, as many waiting as a row has."""
+    top = max(longest.bit_length(), SHORTEST.bit_length())
+    sizes = [1 << i for i in range(SHORTEST.bit_length() - 1, top)]
+    sizes = [c for c in sizes if c <= longest] or [longest]
+    return [(c, k) for c in sizes for k in LIVE if k == 1 or c * k <= longest]
+
+
+def pairs(text: str) -> list[tuple[int, int]]:
+    """(C, K) of "CxK,CxK".
 
     Raises:
       config.InputError: it is something else.
     """
-    if not text:
-        top = max(longest.bit_length() - 1, SHORTEST.bit_length() - 1)
-        sizes = [1 << i for i in range(SHORTEST.bit_length() - 1, top + 1)]
-        sizes = [c for c in sizes if c <= longest] or [longest]
-        return [(c, k) for c in sizes for k in LIVE if k == 1 or c * k <= longest]
     found = []
-    for part in text.split(","):
+    for part in filter(None, text.split(",")):
         numbers = part.strip().split("x")
         if len(numbers) != 2 or not all(n.isdigit() and int(n) for n in numbers):
             raise config.InputError(

@@ -89,7 +89,7 @@ def set_up(
             f"{spec.max_positions}; set one of them"
         )
     _check_stages(exp, dict(device_mesh.shape))
-    context_ways = _tokens_ways(device_mesh, exp.rules)
+    context_ways = memory.ways(exp.rules.tokens, device_mesh.shape)
     if device_mesh.shape["context"] > 1 or context_ways > 1:
         _check_context(exp, dict(device_mesh.shape), context_ways)
     spread = mesh.names(exp.rules.batch)
@@ -129,11 +129,6 @@ def set_up(
         *staged,
     )
     return exp, Setup(exp, device_mesh, derivation, batch, lines)
-
-
-def _tokens_ways(device_mesh: Any, rules: mesh.Rules) -> int:
-    """Devices that the tokens of a row are split over."""
-    return math.prod(device_mesh.shape[a] for a in mesh.names(rules.tokens))
 
 
 def _check_context(
@@ -181,7 +176,7 @@ def _batch(exp: experiment.Experiment, device_mesh: Any, ways: int, tokens: int)
         optimizer=exp.optim.name,
         remat=train.remat,
     )
-    context_ways = _tokens_ways(device_mesh, exp.rules)
+    context_ways = memory.ways(exp.rules.tokens, device_mesh.shape)
     # Stages want many micro-batches, and so the smallest.
     staged = device_mesh.shape["stage"] > 1 and not train.micro_rows
     one_each = train.chunk_tokens or staged
@@ -477,7 +472,7 @@ def placer(device_mesh: Any, rules: mesh.Rules, rows: int, micro_steps: int) -> 
             "batch; let mesh.data and mesh.fsdp be multiples of the number of processes"
         )
     place = parts.index(tuple(sorted(held[jax.process_index()])))
-    ways = _tokens_ways(device_mesh, rules)
+    ways = memory.ways(rules.tokens, device_mesh.shape)
     tokens = rules.tokens if ways > 1 else None
     sharding = jax.sharding.NamedSharding(
         device_mesh, jax.P(None, *rules.pspec("batch"), tokens)

@@ -66,9 +66,11 @@ def parser() -> flags.Parser:
 def main(argv: list[str]) -> int:
     """Measure what the flags ask for; returns the exit code."""
     args = flags.parse(parser(), argv)
+    from qwen_jax import planning
+
     flags.at_least_one(args, "documents", "scale", "longest", "rounds")
     ways = flags.chosen(args.ways, WAYS, "ways")
-    sizes = [pair_of(text) for text in filter(None, args.chunks.split(","))]
+    sizes = planning.pairs(args.chunks)
     if not (ways or sizes):
         raise config.InputError("--ways and --chunks are both empty: nothing to do")
     record = flags.head("qwen-jax bench chunkflow " + shlex.join(argv))
@@ -78,20 +80,6 @@ def main(argv: list[str]) -> int:
     lines = (flags.title(record, "chunkflow"), "```text", report(record), "```", "")
     flags.write(args, record, "\n".join(lines))
     return 0
-
-
-def pair_of(text: str) -> tuple[int, int]:
-    """(C, K) of "CxK".
-
-    Raises:
-      config.InputError: it is something else.
-    """
-    parts = text.strip().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise config.InputError(
-            f"--chunks has {text!r}, wanted pairs of tokens and chunks: 4096x2,2048x4"
-        )
-    return int(parts[0]), int(parts[1])
 
 
 @dataclasses.dataclass
