@@ -406,24 +406,43 @@ def test_an_overload_is_refused(server, engine):
     assert len(notes) == 3 and len(found["bars"]) == 3
 
 
+class Refused(serve_load.Client):
+    """Counts what is refused and in flight; `engine` has room after three refusals."""
+
+    def __init__(self, *args, engine):
+        super().__init__(*args)
+        self.engine, self.refused, self.flying, self.most = engine, 0, 0, 0
+
+    async def send(self, *args):
+        self.flying += 1
+        self.most = max(self.most, self.flying)
+        sent = await super().send(*args)
+        self.flying -= 1
+        self.refused += sent.status == "429"
+        self.engine.full = self.refused < 3
+        return sent
+
+
 def test_what_is_refused_is_sent_again_where_capacity_is_measured(server, engine):
     """Each request is answered in the end, and nothing is sent twice at a time."""
 
     async def go(again):
-        client = serve_load.Client(f"{server.url}/v1", servers.NAME)
+        client = Refused(f"{server.url}/v1", servers.NAME, engine=engine)
         engine.full = True
-        asyncio.get_running_loop().call_later(0.12, setattr, engine, "full", False)
         try:
             todo = serve_load.asks(work(4))
-            return await serve_load.run(client, todo, most=2, again=again)
+            return client, await serve_load.run(client, todo, most=2, again=again)
         finally:
+            engine.full = False
             await client.close()
 
     seen = len(engine.seen)
-    sent = asyncio.run(go(True)).sent
-    assert [one.status for one in sent] == ["ok"] * 4 and len(engine.seen) == seen + 4
-    assert min(one.sent_s for one in sent[:2]) >= 0.1
-    assert "429" in [one.status for one in asyncio.run(go(False)).sent]
+    client, run = asyncio.run(go(True))
+    assert [one.status for one in run.sent] == ["ok"] * 4
+    assert len(engine.seen) == seen + 4 and client.refused >= 3 and client.most == 2
+    assert min(one.sent_s for one in run.sent[:2]) > serve_load.AGAIN_S / 2
+    _, run = asyncio.run(go(False))
+    assert [one.status for one in run.sent].count("429") >= 3
 
 
 def drained(**how):
