@@ -16,7 +16,7 @@ from qwen_jax.checkpoint import compatible
 from qwen_jax.data import mixture, source, tokenizer
 from qwen_jax.models import decoder, hf, rope
 from qwen_jax.models import spec as spec_lib
-from qwen_jax.plan import chips, memory, micro
+from qwen_jax.plan import chips, micro
 
 
 def with_stored(exp: experiment.Experiment, stored: dict) -> experiment.Experiment:
@@ -39,18 +39,6 @@ def chunk_memory(setup: prepare.Setup) -> None:
     device = setup.device_mesh.devices.flat[0]
     there = int(micro.HEADROOM * chips.memory_bytes(device))
     gib, longest = 1 << 30, exp.data.seq_tokens
-    sizes = dict(setup.device_mesh.shape)
-    how = exp.model, exp.rules, sizes, train.remat
-    # Without a backward pass about half of what a layer works in.
-    row = memory.activation_bytes_per_token(*how)[1] // 2 * longest
-    alone = held.weights + held.optimizer + held.head + row
-    if exp.eval.every_steps and exp.data.holdout_share and alone > there:
-        raise config.InputError(
-            f"held-out text goes through the model in whole rows, and one of {longest} "
-            f"tokens needs about {alone / gib:.2f} GiB of a device, of which "
-            f"{there / gib:.2f} GiB are to be used; set --config.eval.every_steps=0, a "
-            "larger --config.mesh.tensor, or a smaller --config.data.seq_tokens"
-        )
     if held.total <= there:
         return
     raise config.InputError(

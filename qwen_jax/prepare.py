@@ -402,12 +402,14 @@ class Placer:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkPlacer:
-    """As `Placer`, for rows that go over the mesh in chunks."""
+    """As `Placer`, for rows that go over the mesh in chunks. `what` they are of names
+    the exchanges of processes: each kind of rows has one thread that lays it out."""
 
     setup: Setup
     bytes_v: np.ndarray
     index: int
     count: int
+    what: str
     calls: Any = dataclasses.field(default_factory=itertools.count)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> chunk_step.Work:
@@ -432,7 +434,7 @@ class ChunkPlacer:
         """What processes with different rows say; all of them have read the last
         exchange when they speak in the next."""
         number = next(self.calls)
-        tag = "qwen_jax/chunks/{}".format
+        tag = f"qwen_jax/{self.what}/{{}}".format
         said = agree.gather(tag(number), [self.index, mine], GATHER_S)
         agree.forget(tag(number - 1))
         return list(dict(said).values())
@@ -440,14 +442,24 @@ class ChunkPlacer:
 
 def placer_of(setup: Setup, token_bytes: np.ndarray) -> Placer | ChunkPlacer:
     """What lays the batches of a run on its mesh."""
-    exp, batch = setup.exp, setup.batch
-    rows = setup.device_mesh, exp.rules
-    if setup.chunks is None:
-        return placer(*rows, batch.rows, batch.micro_steps)
-    one = placer(*rows, batch.micro_rows, 1)
-    bytes_v = np.zeros(exp.model.vocab_size, np.float32)
+    if setup.chunks is not None:
+        return _chunk_placer(setup, token_bytes, "chunks")
+    batch = setup.batch
+    return placer(setup.device_mesh, setup.exp.rules, batch.rows, batch.micro_steps)
+
+
+def heldout_placer(setup: Setup, token_bytes: np.ndarray) -> Placer | ChunkPlacer:
+    """The same for held-out text: batches of one micro-batch each, or any rows."""
+    if setup.chunks is not None:
+        return _chunk_placer(setup, token_bytes, "heldout")
+    return placer(setup.device_mesh, setup.exp.rules, setup.batch.micro_rows, 1)
+
+
+def _chunk_placer(setup, token_bytes, what):
+    one = placer(setup.device_mesh, setup.exp.rules, setup.batch.micro_rows, 1)
+    bytes_v = np.zeros(setup.exp.model.vocab_size, np.float32)
     bytes_v[: len(token_bytes)] = token_bytes
-    return ChunkPlacer(setup, bytes_v, one.index, one.count)
+    return ChunkPlacer(setup, bytes_v, one.index, one.count, what)
 
 
 def placer(device_mesh: Any, rules: mesh.Rules, rows: int, micro_steps: int) -> Placer:

@@ -40,6 +40,7 @@ from qwen_jax.models import decode, flops, sampling
 from qwen_jax.optim import schedules
 from qwen_jax.plan import chips
 from qwen_jax.train import loop, state, step
+from qwen_jax.train.chunkflow import step as chunk_step
 
 
 class Session:
@@ -296,7 +297,7 @@ class Session:
 
     def _open_heldout(self) -> None:
         exp, batch = self.exp, self.setup.batch
-        place = prepare.placer(self.setup.device_mesh, exp.rules, batch.micro_rows, 1)
+        place = prepare.heldout_placer(self.setup, self.vocabulary.token_bytes)
         found = corpus.heldout(
             exp.data,
             self.vocabulary,
@@ -307,8 +308,13 @@ class Session:
         )
         each = batch.micro_rows * exp.data.seq_tokens
         most = math.ceil(exp.eval.max_tokens / each) or len(found.batches)
-        self.heldout = [place(rows) for rows in found.batches[:most]]
-        self.eval_sums = perplexity.make(exp.model, exp.rules, self.setup.step_config)
+        batches, of = found.batches[:most], (exp.model, exp.rules)
+        if self.setup.chunks is None:
+            self.eval_sums = perplexity.make(*of, self.setup.step_config)
+        else:  # all at once: the fewer steps, the fewer chunks that are not full
+            join = {k: np.concatenate([x[k] for x in batches]) for k in batches[0]}
+            batches, self.eval_sums = [join], chunk_step.scorer(*of)
+        self.heldout = [place(rows) for rows in batches]
 
     def sample(self, number: int, weights: Any) -> None:
         """Continue the prompts and print what came."""

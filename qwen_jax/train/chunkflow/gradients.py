@@ -256,15 +256,7 @@ def packed_gradients(
     `group.gradients`, remat as of `decoder.hidden`."""
 
     def loss(params):
-        hidden_btd, stats = _hidden(params, part, spec, rules, remat)
-        total, sums = losses.cross_entropy(
-            hidden_btd,
-            decoder.head_vd(spec, params),
-            part["targets_bt"],
-            part["mask_bt"],
-            z_coef=z_coef,
-            rules=rules,
-        )
+        total, sums, stats = _loss(params, part, spec, rules, z_coef, remat)
         total = total / targets.astype(total.dtype)
         for name, d in (d_stats or {}).items():
             total += jnp.sum(d * stats[name])
@@ -278,6 +270,29 @@ def packed_gradients(
         acc.forwards + 1,
         group.added(acc.stats, stats),
     )
+
+
+def _loss(params, part, spec, rules, z_coef=0.0, remat="none"):
+    """(*`losses.cross_entropy` of standalone chunks, what routers counted)."""
+    hidden_btd, stats = _hidden(params, part, spec, rules, remat)
+    made = losses.cross_entropy(
+        hidden_btd,
+        decoder.head_vd(spec, params),
+        part["targets_bt"],
+        part["mask_bt"],
+        z_coef=z_coef,
+        rules=rules,
+    )
+    return *made, stats
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "rules"))
+def packed_nll(params, part, *, spec, rules):
+    """The sum of -ln p over the targets of standalone chunks [b, C]."""
+    return _loss(params, part, spec, rules)[1]["nll"]
+
+
+group_nll = jax.jit(group.nll, static_argnames=("spec", "rules"))
 
 
 def _hidden(params, part, spec, rules, remat):

@@ -174,17 +174,48 @@ def counted(
 ) -> dict[str, jax.Array]:
     """What routers count in all tokens of `count` chunks of a batch [n, b, C], by
     forward passes alone: as `no_stats`."""
+
+    def see(stats, x, counts, i):
+        del x, i
+        return added(stats, counts)
+
+    return _forwards(params, batch, count, no_stats(spec), see, spec, rules)
+
+
+def nll(
+    params: Any,
+    batch: dict[str, jax.Array],
+    count: jax.Array,
+    *,
+    spec: spec_lib.Spec,
+    rules: mesh.Rules,
+) -> jax.Array:
+    """The sum of -ln p over the targets of `count` chunks of a batch [n, b, C], by
+    forward passes alone: memory is keys and values, and one chunk."""
+
+    def see(total, x, counts, i):
+        del counts
+        part = jax.tree.map(lambda x: x[i], batch)
+        return total + _cross_entropy(spec, params, x, part, 0.0, rules)[1]["nll"]
+
+    zero = no_sums(spec, params).nll
+    return _forwards(params, batch, count, zero, see, spec, rules)
+
+
+def _forwards(params, batch, count, none, see, spec, rules):
+    """`none`, with what `see(seen, residual behind the layers, counts of routers, i)`
+    makes of the forward pass of one chunk after another."""
     n, b, t = batch["tokens_bt"].shape
     store, _ = fresh(spec, n, b, t, 1, None, rules)
 
-    def first(i, carry):
-        store, stats = carry
+    def one(i, carry):
+        store, seen = carry
         here = chunk(batch, i)
         x = layers_lib.embedded(spec, params, here, rules)
         store, counts = forward(spec, params, here, store, i, rules, x, 0)
-        return store, added(stats, counts)
+        return store, see(seen, store.ring["last_btd"][0], counts, i)
 
-    return jax.lax.fori_loop(0, count, first, (store, no_stats(spec)))[1]
+    return jax.lax.fori_loop(0, count, one, (store, none))[1]
 
 
 def chunk(batch, i) -> layers_lib.Chunk:
@@ -276,20 +307,25 @@ def _head(spec, params, x, part, targets, z_coef, rules):
         names.remove("embed_vd")
 
     def loss(mine, x):
-        hidden_btd = streams.end(mine, x, spec, rules)
-        total, sums = losses.cross_entropy(
-            hidden_btd,
-            decoder.head_vd(spec, mine),
-            part["targets_bt"],
-            part["mask_bt"],
-            z_coef=z_coef,
-            rules=rules,
-        )
+        total, sums = _cross_entropy(spec, mine, x, part, z_coef, rules)
         return total / targets.astype(total.dtype), sums
 
     mine = {k: params[k] for k in names}
     (_, sums), (d_end, dx) = jax.value_and_grad(loss, (0, 1), has_aux=True)(mine, x)
     return (sums["nll"], sums["z"]), d_end, dx
+
+
+def _cross_entropy(spec, params, x, part, z_coef, rules):
+    """`losses.cross_entropy` of the residual behind the layers."""
+    hidden_btd = streams.end(params, x, spec, rules)
+    return losses.cross_entropy(
+        hidden_btd,
+        decoder.head_vd(spec, params),
+        part["targets_bt"],
+        part["mask_bt"],
+        z_coef=z_coef,
+        rules=rules,
+    )
 
 
 def _embed_back(spec, params, chunk, dx, rules):

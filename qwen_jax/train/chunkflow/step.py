@@ -185,6 +185,22 @@ def compiled(
     return Compiled(_by_shape(each), each["update"], each)
 
 
+def scorer(spec: spec_lib.Spec, rules: mesh.Rules) -> Callable[..., dict]:
+    """As `eval.perplexity.make` for what `lay_out` gives: by forward passes a chunk at
+    a time, compiled when they are first called, each added on the host in float64."""
+    how = {"spec": spec, "rules": rules}
+
+    def sums(params, work: Work, bytes_v):
+        del bytes_v  # counted where the chunks were laid out
+        made = [gradients.packed_nll(params, part, **how) for part in work.packed]
+        for part, count in work.groups:
+            made.append(gradients.group_nll(params, part, np.int32(count), **how))
+        nll = sum(map(float, jax.device_get(made)))
+        return {"nll": nll, "targets": work.targets, "bytes": work.bytes}
+
+    return sums
+
+
 def sizes(settings: gradients.Settings, longest: int) -> list[int]:
     """Numbers of chunks that programs of groups are compiled for."""
     most = -(-longest // settings.chunk_tokens)

@@ -9,7 +9,7 @@ import pytest
 
 from qwen_jax import mesh, models
 from qwen_jax.models import spec as spec_lib
-from qwen_jax.train.chunkflow import chunks, group
+from qwen_jax.train.chunkflow import chunks, gradients, group
 
 C = 128
 SPEC = spec_lib.Spec(
@@ -59,3 +59,20 @@ def test_it_grows_by_what_waits_for_each_chunk_that_waits():
     waits = 4 * (inputs + heads + sums + C * SPEC.width)
     assert four - two == pytest.approx(2 * waits, rel=0.05)
     assert eight - four == pytest.approx(4 * waits, rel=0.05)
+
+
+@functools.cache
+def held_out_bytes(n):
+    """Of the compiled evaluation of a document of n chunks."""
+    params = jax.eval_shape(lambda: models.init(SPEC, 0))
+    part = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, chunks.empty(1, C, n)))
+    lowered = gradients.group_nll.lower(
+        params, part, jnp.int32(n), spec=SPEC, rules=mesh.Rules()
+    )
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_held_out_text_takes_keys_and_values_and_one_chunk():
+    few, many = (held_out_bytes(n) - keys_and_values(n) // 2 for n in (6, 24))
+    assert 0 < few and abs(many - few) < 0.01 * few
+    assert few < temporary_bytes(6, 1) - keys_and_values(6)

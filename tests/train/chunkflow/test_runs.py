@@ -55,7 +55,8 @@ def assert_same(one, other):
         got, want = ([row[key] for row in rows] for rows in (made, wanted))
         np.testing.assert_allclose(got, want, rtol=1e-4, err_msg=key)
     score, want = runs.evaluations(one)[-1], runs.evaluations(other)[-1]
-    np.testing.assert_allclose(score["eval_loss"], want["eval_loss"], rtol=1e-5)
+    for key in ("eval_targets", "eval_loss", "eval_bits_per_byte"):
+        np.testing.assert_allclose(score[key], want[key], rtol=1e-5, err_msg=key)
 
 
 def test_a_run_in_chunks_is_a_run_of_whole_rows_and_goes_on_in_others(tmp_path):
