@@ -30,6 +30,7 @@ from qwen_jax.plan import chunks as chunk_costs
 from qwen_jax.train import chunkflow, pipeline, state, step
 from qwen_jax.train.chunkflow import chunks, layers
 from qwen_jax.train.chunkflow import step as chunk_step
+from qwen_jax.train.pipeline import rounds as rounds_lib
 
 GATHER_S = 3600.0  # that processes wait for each other's lengths, as reading may take
 
@@ -62,6 +63,17 @@ class Setup:
             remat=train.remat,
             kv_grad_dtype=train.kv_grad_dtype,
         )
+
+    @functools.cached_property
+    def rounds(self) -> rounds_lib.Programs | None:
+        """How chunks go through the stages; None where there are none."""
+        stages, train = self.device_mesh.shape["stage"], self.exp.train
+        if stages == 1 or not train.chunk_tokens:
+            return None
+        places = self.batch.micro_rows * train.chunk_tokens
+        groups = chunk_step.group_sizes(self.chunks, self.exp.data.seq_tokens)
+        full = -(-self.derivation.batch_tokens // places)
+        return rounds_lib.programs(train.live_chunks, stages, groups, full)
 
     @property
     def step_config(self) -> step.StepConfig:
@@ -239,11 +251,7 @@ def _check_stages(exp: experiment.Experiment, sizes: dict[str, int]) -> None:
             "layers; set --config.rules.layers=stage, or --config.mesh.stage=1"
         )
     if train.chunk_tokens:
-        raise config.InputError(
-            f"train.chunk_tokens={train.chunk_tokens} and mesh.stage={stages}: runs go "
-            "through stages in whole rows (chunks do in "
-            "train.pipeline.chunked_value_and_grad); set one of them"
-        )
+        _check_staged_chunks(exp)
     if spec.mtp_layers or spec.vision is not None:
         what = "a tower for images" if spec.vision else "layers for further tokens"
         raise config.InputError(
@@ -266,10 +274,23 @@ def _check_stages(exp: experiment.Experiment, sizes: dict[str, int]) -> None:
     pipeline.share_of(spec, stages, train.stage_parts)
 
 
+def _check_staged_chunks(exp: experiment.Experiment) -> None:
+    """Refuse what chunks do not do on stages."""
+    train = exp.train
+    if train.stage_parts > 1:
+        raise config.InputError(
+            f"train.stage_parts={train.stage_parts} with chunks, which go through one "
+            "stretch of layers a stage; set --config.train.stage_parts=1 or "
+            "--config.train.chunk_tokens=0"
+        )
+
+
 def _stage_lines(exp: experiment.Experiment, stages: int, batch: Any) -> tuple:
     """How the pipeline goes; refuses an order that its micro-batches do not make."""
     if stages == 1:
         return ()
+    if exp.train.chunk_tokens:
+        return (f"pipeline = {stages} stages, state-aware 1f1b of chunks",)
     parts, count = exp.train.stage_parts, batch.micro_steps
     order = exp.train.stage_order
     plan = pipeline.table(count, stages, parts, order)
@@ -338,11 +359,16 @@ def compile_step(setup: Setup) -> Any:
         return fn.lower(*abstract_inputs(setup)).compile()
 
 
+def flat(rules: mesh.Rules) -> mesh.Rules:
+    """The rules of programs without stages, for what `whole_layers` gives."""
+    return dataclasses.replace(rules, layers=None)
+
+
 def whole_layers(setup: Setup, weights: Any) -> Any:
     """The weights with all layers on every stage, for programs without stages."""
     if not setup.exp.rules.layers:
         return weights
-    rules = dataclasses.replace(setup.exp.rules, layers=None)
+    rules = flat(setup.exp.rules)
     tree = decoder.decoder_params(setup.exp.model)
     layout = params.shardings(tree, setup.device_mesh, rules)
     with jax.set_mesh(setup.device_mesh):
@@ -361,12 +387,18 @@ def _compile_chunks(setup: Setup) -> chunk_step.Compiled:
             for name, dtype in packing.DTYPES.items()
         }
 
+    how = exp.model, setup.chunks, exp.rules
+    if setup.rounds is not None:
+        parts, each = setup.rounds.shapes(chunk), setup.rounds.jitted(*how)
+    else:
+        parts = chunk_step.shapes(setup.chunks, exp.data.seq_tokens, chunk)
+        each = chunkflow.jitted(*how, parts)
     with jax.set_mesh(device_mesh):
         return chunk_step.compiled(
-            *(exp.model, setup.tx, exp.rules, setup.step_config, setup.chunks),
+            *(exp.model, setup.tx, setup.step_config),
+            each=each,
+            parts=parts,
             state=now,
-            chunk=chunk,
-            longest=exp.data.seq_tokens,
         )
 
 
@@ -410,6 +442,7 @@ class ChunkPlacer:
     index: int
     count: int
     what: str
+    parts_of: Any
     calls: Any = dataclasses.field(default_factory=itertools.count)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> chunk_step.Work:
@@ -428,6 +461,7 @@ class ChunkPlacer:
             place=place,
             bytes_v=self.bytes_v,
             gather=self._gather,
+            parts_of=self.parts_of,
         )
 
     def _gather(self, mine: Any) -> list[Any]:
@@ -443,7 +477,8 @@ class ChunkPlacer:
 def placer_of(setup: Setup, token_bytes: np.ndarray) -> Placer | ChunkPlacer:
     """What lays the batches of a run on its mesh."""
     if setup.chunks is not None:
-        return _chunk_placer(setup, token_bytes, "chunks")
+        parts_of = setup.rounds.parts_of if setup.rounds else chunkflow.parts_of
+        return _chunk_placer(setup, token_bytes, "chunks", parts_of)
     batch = setup.batch
     return placer(setup.device_mesh, setup.exp.rules, batch.rows, batch.micro_steps)
 
@@ -451,15 +486,15 @@ def placer_of(setup: Setup, token_bytes: np.ndarray) -> Placer | ChunkPlacer:
 def heldout_placer(setup: Setup, token_bytes: np.ndarray) -> Placer | ChunkPlacer:
     """The same for held-out text: batches of one micro-batch each, or any rows."""
     if setup.chunks is not None:
-        return _chunk_placer(setup, token_bytes, "heldout")
+        return _chunk_placer(setup, token_bytes, "heldout", chunkflow.parts_of)
     return placer(setup.device_mesh, setup.exp.rules, setup.batch.micro_rows, 1)
 
 
-def _chunk_placer(setup, token_bytes, what):
+def _chunk_placer(setup, token_bytes, what, parts_of):
     one = placer(setup.device_mesh, setup.exp.rules, setup.batch.micro_rows, 1)
     bytes_v = np.zeros(setup.exp.model.vocab_size, np.float32)
     bytes_v[: len(token_bytes)] = token_bytes
-    return ChunkPlacer(setup, bytes_v, one.index, one.count, what)
+    return ChunkPlacer(setup, bytes_v, one.index, one.count, what, parts_of)
 
 
 def placer(device_mesh: Any, rules: mesh.Rules, rows: int, micro_steps: int) -> Placer:

@@ -308,7 +308,7 @@ class Session:
         )
         each = batch.micro_rows * exp.data.seq_tokens
         most = math.ceil(exp.eval.max_tokens / each) or len(found.batches)
-        batches, of = found.batches[:most], (exp.model, exp.rules)
+        batches, of = found.batches[:most], (exp.model, prepare.flat(exp.rules))
         if self.setup.chunks is None:
             self.eval_sums = perplexity.make(*of, self.setup.step_config)
         else:  # all at once: the fewer steps, the fewer chunks that are not full

@@ -20,7 +20,7 @@ first. Raises: config.InputError for documents, sizes and models that cannot be.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,8 @@ from qwen_jax.train import losses
 from qwen_jax.train.chunkflow import chunks as chunks_lib
 from qwen_jax.train.chunkflow import group, layers
 
+STATS = "stats/"  # before a part's name: the program that counts for its routers
+Part = tuple[str, tuple[Any, ...]]  # the name of a program, and what it is given
 KV_GRAD_DTYPES = ("", "bfloat16", "float32", "float64")
 
 
@@ -126,11 +128,9 @@ def run(
             f"{len(documents)} documents have no target: wanted one of 2 tokens or more"
         )
     laid = functools.partial(_laid, rules=rules)
-    packed = [laid(part) for part in dealt.packed]
-    groups = [(laid(part), count) for part, count in dealt.groups]
-    programs = jitted(spec, settings, rules)
-    sums = summed(params, packed, groups, targets, tokens, programs)
-    return sums, targets
+    parts = [(name, (laid(x), *more)) for name, (x, *more) in parts_of(dealt)]
+    each = jitted(spec, settings, rules, [name for name, _ in parts])
+    return summed(params, parts, targets, tokens, each), targets
 
 
 def _check_memory(spec, settings, longest, rules):
@@ -158,21 +158,21 @@ def _check_memory(spec, settings, longest, rules):
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """What a step calls; see `jitted`."""
-
-    none: Callable[..., group.Sums]  # of (params)
-    packed: Callable[..., group.Sums]  # (params, sums, part, targets, d_stats)
-    group: Callable[..., group.Sums]  # (params, sums, part, count, targets, d_stats)
-    packed_stats: Callable[..., Any] | None  # (params, stats, part)
-    group_stats: Callable[..., Any] | None  # (params, stats, part, count)
-    d_stats: Callable[..., Any] | None  # (stats, tokens)
+def parts_of(dealt: chunks_lib.Dealt) -> list[Part]:
+    """The parts of a step, arrays as they are here: standalone chunks, and groups,
+    whose program depends on how many chunks their arrays have room for."""
+    parts: list[Part] = [("packed", (part,)) for part in dealt.packed]
+    for part, count in dealt.groups:
+        operands = part, np.int32(count)
+        parts.append((f"group/{len(part['tokens_bt'])}", operands))
+    return parts
 
 
-def jitted(spec: spec_lib.Spec, settings: Settings, rules: mesh.Rules) -> Programs:
-    """Programs that are compiled when they are called with new shapes. The last three
-    are there where losses of routers are asked for."""
+def jitted(
+    spec: spec_lib.Spec, settings: Settings, rules: mesh.Rules, names: Iterable[str]
+) -> dict[str, Callable[..., Any]]:
+    """What `summed` calls for parts of these names; each is compiled when it is called
+    with new shapes."""
     how = {"spec": spec, "rules": rules}
     deep = functools.partial(
         group_gradients,
@@ -184,43 +184,47 @@ def jitted(spec: spec_lib.Spec, settings: Settings, rules: mesh.Rules) -> Progra
     flat = functools.partial(
         packed_gradients, **how, z_coef=settings.z_coef, remat=settings.remat
     )
-    none = functools.partial(no_sums, spec)
-    if spec.moe is None or not settings.router_losses:
-        return Programs(none, flat, deep, None, None, None)
-    counting = (functools.partial(fn, **how) for fn in (packed_stats, group_stats))
-    return Programs(none, flat, deep, *counting, functools.partial(d_stats, spec))
+    kinds = {"packed": flat, "group": deep}
+    counting = {"packed": packed_stats, "group": group_stats}
+    each: dict[str, Callable] = {"none": functools.partial(no_sums, spec)}
+    asked = spec.moe is not None and settings.router_losses
+    if asked:
+        each["d_stats"] = functools.partial(d_stats, spec)
+    for name in names:
+        kind = name.partition("/")[0]
+        each[name] = kinds[kind]
+        if asked:
+            each[STATS + name] = functools.partial(counting[kind], **how)
+    return each
 
 
 def summed(
     params: Any,
-    packed: Sequence[dict[str, jax.Array]],
-    groups: Sequence[tuple[dict[str, jax.Array], int]],
+    parts: Sequence[Part],
     targets: float,
     tokens: int,
-    programs: Programs,
+    each: Mapping[str, Callable[..., Any]],
 ) -> group.Sums:
-    """The sums of a step whose chunks lie on the mesh; see `chunks.Dealt`.
+    """The sums of a step whose parts lie on the mesh.
 
     Args:
       params: the weights.
-      packed: standalone chunks.
-      groups: groups of dependent ones.
+      parts: of the step.
       targets, tokens: of the whole step, in all processes.
-      programs: what computes it.
+      each: by name, "none" (params) -> sums of nothing, and the program of each part
+        (params, sums, *operands, targets, d_stats) -> sums. Where losses of routers are
+        asked for, also "d_stats" (stats, tokens) -> cotangents of what routers counted,
+        and with STATS before its name (params, stats, *operands) -> stats.
     """
-    sums, whole, asked = programs.none(params), np.float32(targets), None
-    if programs.d_stats is not None:
-        stats = sums.stats
-        for part in packed:
-            stats = programs.packed_stats(params, stats, part)
-        for part, count in groups:
-            stats = programs.group_stats(params, stats, part, np.int32(count))
-        asked = programs.d_stats(stats, np.float32(tokens))
-    for part in packed:
-        sums = programs.packed(params, sums, part, whole, asked)
-    for part, count in groups:
-        sums = programs.group(params, sums, part, np.int32(count), whole, asked)
-    return sums
+    sums, whole, asked = each["none"](params), np.float32(targets), None
+    stats = sums.stats
+    if "d_stats" in each:
+        for name, operands in parts:
+            stats = each[STATS + name](params, stats, *operands)
+        asked = each["d_stats"](stats, np.float32(tokens))
+    for name, operands in parts:
+        sums = each[name](params, sums, *operands, whole, asked)
+    return sums if asked is None else sums.replace(stats=stats)
 
 
 def _laid(part, rules):

@@ -17,7 +17,7 @@ Raises: config.InputError from `check`, for what cannot be trained in chunks.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -39,8 +39,7 @@ from qwen_jax.train.chunkflow import chunks, gradients, group
 class Work:
     """The chunks of one step on the mesh, and numbers of all processes."""
 
-    packed: list[dict[str, jax.Array]]
-    groups: list[tuple[dict[str, jax.Array], int]]
+    parts: list[gradients.Part]
     targets: float
     tokens: int
     bytes: float
@@ -56,6 +55,7 @@ def lay_out(
     place: Callable[[np.ndarray], jax.Array],
     bytes_v: np.ndarray,
     gather: Callable[[Any], list[Any]],
+    parts_of: Callable[[chunks.Dealt], list[gradients.Part]] = gradients.parts_of,
 ) -> Work:
     """The chunks of a batch's rows.
 
@@ -66,6 +66,7 @@ def lay_out(
       place: lays arrays [..., local_rows, C] on the mesh.
       bytes_v: UTF-8 bytes of each id.
       gather: as of `chunks.deal`; of processes that hold the same rows one speaks.
+      parts_of: makes parts of chunks, which come first in what they are given.
     """
     pieces = chunks.of_rows(rows)
     dealt = chunks.deal(pieces, settings.chunk_tokens, local_rows, gather)
@@ -80,29 +81,25 @@ def lay_out(
     count = len(dealt.packed) + sum(len(x["tokens_bt"]) for x, _ in dealt.groups)
     places = count * local_rows * len(said) * settings.chunk_tokens
 
-    def laid(part):
-        return {name: place(x) for name, x in part.items()}
-
-    groups = [(laid(part), count) for part, count in dealt.groups]
-    packed = [laid(part) for part in dealt.packed]
+    parts = [
+        (name, ({k: place(x) for k, x in part.items()}, *more))
+        for name, (part, *more) in parts_of(dealt)
+    ]
     length = squares / max(tokens, 1)
-    return Work(packed, groups, targets, tokens, size, places - tokens, length)
+    return Work(parts, targets, tokens, size, places - tokens, length)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """`step(state, work, bytes_v) -> (state, metrics)`, and what it is made of."""
 
-    programs: gradients.Programs
-    update: Callable[..., Any]
-    each: dict[str, Any]  # jax.stages.Compiled
+    each: dict[str, Any]  # jax.stages.Compiled: "update" and those of `summed`
 
     def __call__(self, state: state_lib.State, work: Work, bytes_v: Any = None):
         del bytes_v  # counted where the chunks were laid out
         targets, tokens = np.float32(max(work.targets, 1.0)), np.float32(work.tokens)
-        made = work.packed, work.groups, targets, tokens, self.programs
-        sums = gradients.summed(state.params, *made)
-        state, metrics = self.update(state, sums, targets, tokens)
+        sums = gradients.summed(state.params, work.parts, targets, tokens, self.each)
+        state, metrics = self.each["update"](state, sums, targets, tokens)
         counts = {name: getattr(work, name) for name in ("bytes", "padding", "length")}
         return state, metrics | counts | {"places": work.tokens + work.padding}
 
@@ -134,42 +131,32 @@ def memory_of(found: Any) -> int:
 def compiled(
     spec: spec_lib.Spec,
     tx: optax.GradientTransformation,
-    rules: mesh.Rules,
     config: step_lib.StepConfig,
-    settings: gradients.Settings,
     *,
+    each: Mapping[str, functools.partial],
+    parts: Mapping[str, tuple[Any, ...]],
     state: state_lib.State,
-    chunk: Callable[..., Any],
-    longest: int,
 ) -> Compiled:
-    """The step compiled for rows of at most `longest` tokens, on the mesh in use.
+    """The step compiled for parts of these names, on the mesh in use.
 
     Args:
-      spec, tx, rules, config: as of `train.step.compile_step`.
-      settings: how a step goes through its chunks.
+      spec, tx, config: as of `train.step.compile_step`.
+      each: as of `gradients.summed`.
+      parts: the shapes of what each is given.
       state: its shapes and shardings.
-      chunk: gives those of the arrays [*lead, rows, C] of a chunk, for `lead`.
-      longest: tokens of a row.
     """
-    programs = gradients.jitted(spec, settings, rules)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    lowered = {"none": _lower(programs.none, state.params)}
+    lowered = {"none": _lower(each["none"], state.params)}
     sums = _abstract(lowered["none"])
     asked = None
-    if programs.d_stats is not None:
-        lowered["d_stats"] = _lower(programs.d_stats, sums.stats, scalar)
+    if "d_stats" in each:
+        lowered["d_stats"] = _lower(each["d_stats"], sums.stats, scalar)
         asked = _abstract(lowered["d_stats"])
-    count = jax.ShapeDtypeStruct((), jnp.int32)
-    parts = {"packed": (chunk(),)}
-    parts |= {f"group/{n}": (chunk(n), count) for n in sizes(settings, longest)}
     for name, part in parts.items():
-        kind, _, n = name.partition("/")
-        operands = state.params, sums, *part, scalar, asked
-        lowered[name] = _lower(getattr(programs, kind), *operands)
+        lowered[name] = _lower(each[name], state.params, sums, *part, scalar, asked)
         if asked is not None:
-            operands = state.params, sums.stats, *part
-            fn = getattr(programs, f"{kind}_stats")
-            lowered[f"{kind}_stats/{n}".rstrip("/")] = _lower(fn, *operands)
+            name = gradients.STATS + name
+            lowered[name] = _lower(each[name], state.params, sums.stats, *part)
     fn = functools.partial(_update, spec=spec, tx=tx, config=config)
     fn = jax.jit(fn, donate_argnums=0)
     lowered["update"] = fn.lower(state, sums, scalar, scalar)
@@ -181,27 +168,38 @@ def compiled(
 
     with futures.ThreadPoolExecutor(4) as pool:
         made = pool.map(finished, lowered.values())
-        each = dict(zip(lowered, made, strict=True))
-    return Compiled(_by_shape(each), each["update"], each)
+        return Compiled(dict(zip(lowered, made, strict=True)))
+
+
+def shapes(
+    settings: gradients.Settings, longest: int, chunk: Callable[..., Any]
+) -> dict[str, tuple[Any, ...]]:
+    """By name, what programs are given for rows of at most `longest` tokens; `chunk`
+    gives the shapes of the arrays [*lead, rows, C] of a chunk, for `lead`."""
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    sizes = {f"group/{n}": (chunk(n), count) for n in group_sizes(settings, longest)}
+    return {"packed": (chunk(),)} | sizes
 
 
 def scorer(spec: spec_lib.Spec, rules: mesh.Rules) -> Callable[..., dict]:
     """As `eval.perplexity.make` for what `lay_out` gives: by forward passes a chunk at
     a time, compiled when they are first called, each added on the host in float64."""
     how = {"spec": spec, "rules": rules}
+    nll = {"packed": gradients.packed_nll, "group": gradients.group_nll}
 
     def sums(params, work: Work, bytes_v):
         del bytes_v  # counted where the chunks were laid out
-        made = [gradients.packed_nll(params, part, **how) for part in work.packed]
-        for part, count in work.groups:
-            made.append(gradients.group_nll(params, part, np.int32(count), **how))
-        nll = sum(map(float, jax.device_get(made)))
-        return {"nll": nll, "targets": work.targets, "bytes": work.bytes}
+        made = []
+        for name, operands in work.parts:
+            fn = nll["packed" if name == "packed" else "group"]
+            made.append(fn(params, *operands, **how))
+        total = sum(map(float, jax.device_get(made)))
+        return {"nll": total, "targets": work.targets, "bytes": work.bytes}
 
     return sums
 
 
-def sizes(settings: gradients.Settings, longest: int) -> list[int]:
+def group_sizes(settings: gradients.Settings, longest: int) -> list[int]:
     """Numbers of chunks that programs of groups are compiled for."""
     most = -(-longest // settings.chunk_tokens)
     return sorted({chunks.rounded(n) for n in range(2, most + 1)})
@@ -217,25 +215,6 @@ def _abstract(lowered: Any) -> Any:
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
         lowered.out_info,
         lowered.compile().output_shardings,
-    )
-
-
-def _by_shape(each: dict[str, Any]) -> gradients.Programs:
-    """Programs that are chosen by the chunks that the arrays have room for."""
-
-    def group(params, sums, part, *more):
-        return each[f"group/{len(part['tokens_bt'])}"](params, sums, part, *more)
-
-    def group_stats(params, stats, part, *more):
-        fn = each[f"group_stats/{len(part['tokens_bt'])}"]
-        return fn(params, stats, part, *more)
-
-    if "d_stats" not in each:
-        flat = each["none"], each["packed"], group
-        return gradients.Programs(*flat, None, None, None)
-    return gradients.Programs(
-        *(each["none"], each["packed"], group),
-        *(each["packed_stats"], group_stats, each["d_stats"]),
     )
 
 

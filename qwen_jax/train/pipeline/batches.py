@@ -156,26 +156,18 @@ def on_each(
 ) -> tuple[Any, dict[str, jax.Array]]:
     """(gradients as the weights lie, sums) of what each stage adds up: `acc` of
     `run(stage, rows of its device)`."""
-    _check_axes(spec, rules)
-    rules = dataclasses.replace(rules, layers=None)  # which the cut has laid out
+    of_stage = _stage_of(spec, share, rules, config)
 
     def one(layers, rest, batch, rows, whole):
-        layers, rows = (jax.tree.map(lambda x: x[:, 0], x) for x in (layers, rows))
-        stage = stage_lib.Stage(spec, share, rules, config, layers, rest, batch, whole)
-        acc = run(stage, rows)
+        acc = run(*of_stage(layers, rest, batch, rows, whole))
         rest, sums = jax.lax.psum((acc["rest"], acc["sums"]), "stage")
         own = jax.tree.map(lambda x: x[:, None], (acc["layers"], acc["counts"]))
         return (own[0], rest), own[1], sums
 
-    laid = share_lib.laid(spec, params, rules)
-    layers = share_lib.cut(laid["layers"], mesh.axis_size("stage"), parts)
-    rest = {name: w for name, w in laid.items() if name in stage_lib.ENDS}
     each, every = jax.P(None, "stage"), jax.P()
     grads, counts, sums = mesh.staged(
-        one,
-        inputs=(each, every, every, each, every),
-        out=((each, every), each, every),
-    )(layers, rest, batch, rows, whole)
+        one, inputs=INPUTS, out=((each, every), each, every)
+    )(*_cut(spec, params, rules, parts), batch, rows, whole)
     grads = {"layers": share_lib.joined(grads[0])} | grads[1]
     zeros = jax.tree.map(jnp.zeros_like, params)
     grads = {name: grads.get(name, zeros[name]) for name in params}
@@ -183,6 +175,46 @@ def on_each(
         lambda x, w: mesh.reshard(x, jax.typeof(w).sharding.spec), grads, params
     )
     return grads, sums | _counted(counts) | whole
+
+
+def seen_by_each(
+    run, params, batch, rows, whole, *, spec, share, rules, config
+) -> dict[str, jax.Array]:
+    """What `run(stage, rows of its device)` gives of the layers of its stretch, arrays
+    [layers of a kind, ...], of all layers."""
+    of_stage = _stage_of(spec, share, rules, config)
+
+    def one(*operands):
+        return run(*of_stage(*operands))
+
+    fn = mesh.staged(one, inputs=INPUTS, out=jax.P("stage"))
+    made = fn(*_cut(spec, params, rules, 1), batch, rows, whole)
+    return jax.tree.map(lambda x: mesh.reshard(x, jax.P()), made)
+
+
+# Of weights of layers and the rest, the batch, rows of a table, and `Stage.whole`.
+INPUTS = (jax.P(None, "stage"), jax.P(), jax.P(), jax.P(None, "stage"), jax.P())
+
+
+def _stage_of(spec, share, rules, config):
+    """Makes (the stage, its rows) of what one device is given."""
+    _check_axes(spec, rules)
+    rules = dataclasses.replace(rules, layers=None)  # which the cut has laid out
+
+    def stage(layers, rest, batch, rows, whole):
+        layers, rows = (jax.tree.map(lambda x: x[:, 0], x) for x in (layers, rows))
+        how = spec, share, rules, config, layers, rest, batch, whole
+        return stage_lib.Stage(*how), rows
+
+    return stage
+
+
+def _cut(spec, params, rules, parts):
+    """(weights of each stage's stretches, the rest)."""
+    rules = dataclasses.replace(rules, layers=None)
+    laid = share_lib.laid(spec, params, rules)
+    layers = share_lib.cut(laid["layers"], mesh.axis_size("stage"), parts)
+    return layers, {name: w for name, w in laid.items() if name in stage_lib.ENDS}
 
 
 def _check_axes(spec, rules):

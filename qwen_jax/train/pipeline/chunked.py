@@ -15,19 +15,19 @@ again just before it, each stage from what came in.
 Source: ChunkFlow, arXiv 2503.02356, section 4.4; the order is `bubbles.one_f_one_b`'s.
 Deviations: chunks of packed documents go first, as in the paper's example. A stage has
 room for keys and values of all groups that are under way in it at once, each as long as
-the longest. Of chunks on stages the losses of routers are not computed.
+the longest. What routers count takes a pass of its own, which goes through the same
+ticks and leaves out what is no forward pass.
 
 Compiled shapes: a program for each number of ticks, micro-batches, chunks of the
 longest document and slots, rounded up as in `chunks.rounded`; when what happens is
 data.
 Shapes: rows of chunks as of `chunkflow`; [micro, rows, C] all together.
-Raises: config.InputError for what `chunkflow` or `batches` refuse, and for losses of
-routers.
+Raises: config.InputError for what `chunkflow` or `batches` refuse.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,11 +50,75 @@ from qwen_jax.train.pipeline import stage as stage_lib
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """What a program is compiled for: chunks of the longest group (0: there is none),
-    whether there are chunks by themselves, slots as of `ticks.Table`."""
+    whether there are chunks by themselves, slots as of `ticks.Table`, micro-batches,
+    ticks."""
 
     chunks: int
     alone: bool
     slots: tuple[tuple[str, int], ...]
+    micros: int
+    ticks: int
+
+    def hold(self, other: "Sizes") -> bool:
+        """Whether the other's micro-batches go through this program."""
+        slots = dict(self.slots)
+        return (
+            self.chunks >= other.chunks
+            and self.alone >= other.alone
+            and self.micros >= other.micros
+            and self.ticks >= other.ticks
+            and all(slots[name] >= count for name, count in other.slots)
+        )
+
+    @classmethod
+    def of_all(cls, every: Sequence["Sizes"]) -> "Sizes":
+        """The least that hold each of them, rounded up."""
+
+        def most(counts):
+            most = max(counts)
+            return chunks_lib.rounded(most) if most else 0
+
+        names = [name for name, _ in every[0].slots]
+        slots = [(name, most(dict(x.slots)[name] for x in every)) for name in names]
+        return cls(
+            most(x.chunks for x in every),
+            any(x.alone for x in every),
+            tuple(slots),
+            most(x.micros for x in every),
+            most(x.ticks for x in every),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The ticks of a round: so many chunks by themselves, then groups of so many each;
+    `sizes` are exact."""
+
+    packed: int
+    groups: tuple[int, ...]
+    table: ticks.Table
+    sizes: Sizes
+
+    def padded(self, sizes: Sizes) -> tuple[dict[str, np.ndarray], np.int32]:
+        """(the table's rows for a program of these sizes, how many of them count)."""
+        rows, ticks = self.table.rows, self.sizes.ticks
+        more = ((0, sizes.ticks - ticks), (0, 0))
+        return {k: np.pad(x, more) for k, x in rows.items()}, np.int32(ticks)
+
+
+@functools.lru_cache(1024)
+def plan_of(packed: int, groups: tuple[int, ...], live: int, stages: int) -> Plan:
+    """The ticks of these chunks, of which the last `live` of a group stay."""
+    micros = bubbles.chunks([[1.0]] * packed + [[1.0] * n for n in groups], live)
+    made = ticks.table(micros, bubbles.one_f_one_b(micros, stages))
+    sizes = Sizes(
+        max(groups, default=0),
+        packed > 0,
+        tuple(made.slots.items()),
+        len(micros),
+        len(made.rows["kind"]),
+    )
+    return Plan(packed, groups, made, sizes)
 
 
 def chunked_value_and_grad(
@@ -69,7 +133,7 @@ def chunked_value_and_grad(
     **more: Any,
 ) -> tuple[jax.Array, Any]:
     """The mean next-token cross-entropy over all targets of all documents, and its
-    gradient (and of what `z_coef` adds).
+    gradient (and of what `z_coef` and `router_losses` add, where they ask for it).
 
     Args:
       stages: as of `pipeline.value_and_grad`.
@@ -82,32 +146,43 @@ def chunked_value_and_grad(
         chunk_tokens, live_chunks, **{"remat": "full"} | more
     )
     rules = rules or mesh.Rules()
-    if settings.router_losses:
-        raise config_lib.InputError(
-            "router_losses=True: losses of routers are of the whole step, which no "
-            "stage has seen when it goes backward; set it to False, or use chunkflow "
-            "without stages"
-        )
+    share_lib.share_of(spec, stages, 1)
     with batches.on_stages(stages):
-        micros, batch, targets = lay_out(spec, documents, settings, rules)
-        plan = table(micros, stages)
-        groups = {one.group for one in micros} - {None}
-        most = max(
-            (one.number + 1 for one in micros if one.group is not None), default=0
-        )
-        sizes = Sizes(
-            chunks_lib.rounded(most) if groups else 0,
-            any(one.group is None for one in micros),
-            tuple(plan.slots.items()),
-        )
-        grads, sums = _jitted(
-            *(params, batch, plan.rows, np.float32(targets)),
-            spec=spec,
-            rules=rules,
-            settings=settings,
-            sizes=sizes,
-        )
-    return sums["nll"] / targets, grads
+        dealt, tokens, targets = lay_out(spec, documents, settings, rules)
+        counts = tuple(count for _, count in dealt.groups)
+        plan = plan_of(len(dealt.packed), counts, live_chunks, stages)
+        sizes = Sizes.of_all([plan.sizes])
+        part = "round", (arrays(dealt, sizes.micros), *plan.padded(sizes))
+        each = jitted(spec, settings, rules, {"round": sizes})
+        sums = chunk_gradients.summed(params, [part], targets, tokens, each)
+    return sums.nll / targets, sums.grads
+
+
+def jitted(
+    spec: spec_lib.Spec,
+    settings: chunk_gradients.Settings,
+    rules: mesh.Rules,
+    sizes: Mapping[str, Sizes],
+) -> dict[str, Callable[..., Any]]:
+    """As `chunkflow.gradients.jitted`, of parts (micro-batches, rows of a table, ticks)
+    whose programs have these sizes. What routers count takes a pass of its own even
+    where no loss asks."""
+    each: dict[str, Callable] = {
+        "none": functools.partial(chunk_gradients.no_sums, spec)
+    }
+    how = {"spec": spec, "rules": rules, "settings": settings}
+    if spec.moe is not None:
+        quiet = spec
+        if not settings.router_losses:
+            routers = dataclasses.replace(spec.moe, balance_coef=0.0, z_coef=0.0)
+            quiet = dataclasses.replace(spec, moe=routers)
+        each["d_stats"] = functools.partial(chunk_gradients.d_stats, quiet)
+    for name, one in sizes.items():
+        each[name] = functools.partial(summed, **how, sizes=one)
+        if spec.moe is not None:
+            fn = functools.partial(counted, **how, sizes=one)
+            each[chunk_gradients.STATS + name] = fn
+    return each
 
 
 def lay_out(
@@ -115,58 +190,109 @@ def lay_out(
     documents: Sequence[np.ndarray],
     settings: chunk_gradients.Settings,
     rules: mesh.Rules,
-) -> tuple[list[bubbles.Micro], dict[str, np.ndarray], int]:
-    """(micro-batches, their arrays [micro, rows, C], targets)."""
+) -> tuple[chunks_lib.Dealt, int, int]:
+    """(the chunks of all documents, their tokens, targets)."""
     documents = chunks_lib.checked(documents, spec.vocab_size)
     attention.check_backend(spec, mesh.platform(), packed=True)
     t, longest = settings.chunk_tokens, max(map(len, documents), default=0)
     layers.check(spec, t, longest)
-    targets = sum(len(one) for one in documents) - len(documents)
+    tokens = sum(len(one) for one in documents)
+    targets = tokens - len(documents)
     if targets < 1:
         raise config_lib.InputError(
             f"{len(documents)} documents have no target: wanted one of 2 tokens or more"
         )
     pieces = [chunks_lib.whole(one) for one in documents]
     dealt = chunks_lib.deal(pieces, t, mesh.axis_size(rules.batch))
+    return dealt, tokens, targets
+
+
+def arrays(dealt: chunks_lib.Dealt, micros: int) -> dict[str, np.ndarray]:
+    """The chunks as micro-batches [micros, rows, C]; those that are left are empty."""
     parts = [{k: x[None] for k, x in part.items()} for part in dealt.packed]
     parts += [{k: x[:count] for k, x in part.items()} for part, count in dealt.groups]
-    costs = [[1.0]] * len(dealt.packed) + [[1.0] * count for _, count in dealt.groups]
-    micros = bubbles.chunks(costs, settings.live_chunks)
-    blank = chunks_lib.rounded(len(micros)) - len(micros)
-    empty = {k: np.zeros_like(x[:1]) for k, x in parts[0].items()}
-    parts += [empty] * blank
-    batch = {k: np.concatenate([part[k] for part in parts]) for k in empty}
-    return micros, batch, targets
+    blank = micros - sum(len(part["tokens_bt"]) for part in parts)
+    parts += [{k: np.zeros_like(x[:1]) for k, x in parts[0].items()}] * blank
+    return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
 
-def table(micros: Sequence[bubbles.Micro], stages: int) -> ticks.Table:
-    """The ticks of chunks."""
-    order = bubbles.one_f_one_b(micros, stages)
-    return ticks.table(micros, order, size=chunks_lib.rounded)
+STATIC = ("spec", "rules", "settings", "sizes")
 
 
-def _gradients(params, batch, rows, targets, *, spec, rules, settings, sizes):
-    """(gradients, sums) of chunks; arguments as of `batches.on_each`."""
-    if spec.moe is not None:  # its losses are left out
-        quiet = dataclasses.replace(spec.moe, balance_coef=0.0, z_coef=0.0)
-        spec = dataclasses.replace(spec, moe=quiet)
-    share = share_lib.share_of(spec, mesh.axis_size("stage"), 1)
-    config = step.StepConfig(settings.z_coef, remat=settings.remat)
-    lies = rules.pspec(None, "batch", None)
-    batch = {k: mesh.reshard(x, lies) for k, x in batch.items()}
-    whole = {"targets": targets, "tokens": jnp.float32(batch["tokens_bt"].size)}
+@functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="acc")
+def summed(
+    params, acc, batch, rows, count, targets, d_stats, *, spec, rules, settings, sizes
+) -> group.Sums:
+    """`acc` (donated) with the gradients of the micro-batches in `count` ticks."""
+    spec, share, config, batch = _made(spec, rules, settings, batch)
+    whole = {"targets": targets, "ticks": count, "d_stats": d_stats}
 
     def run(stage, rows):
         store = _store(stage, sizes, settings) if sizes.chunks else None
         state = stage.nothing(), store
         act = functools.partial(_act, sizes=sizes)
-        return stage_lib.through(stage, rows, dict(sizes.slots), state, act)[0]
+        how = dict(sizes.slots), state, act, stage.whole["ticks"]
+        return stage_lib.through(stage, rows, *how)[0]
 
     how = {"spec": spec, "share": share, "rules": rules, "config": config}
-    return batches.on_each(run, params, batch, rows, whole, parts=1, **how)
+    grads, sums = batches.on_each(run, params, batch, rows, whole, parts=1, **how)
+    kinds = rows["kind"][:, 0]
+    forwards = jnp.sum((kinds == ticks.FORWARD) | (kinds == ticks.AGAIN))
+    return group.Sums(
+        jax.tree.map(lambda x, d: x + d.astype(x.dtype), acc.grads, grads),
+        acc.nll + sums["nll"],
+        acc.z + sums["z"],
+        acc.forwards + forwards.astype(acc.forwards.dtype),
+        acc.stats,
+    )
 
 
-_jitted = jax.jit(_gradients, static_argnames=("spec", "rules", "settings", "sizes"))
+@functools.partial(jax.jit, static_argnames=STATIC)
+def counted(params, stats, batch, rows, count, *, spec, rules, settings, sizes):
+    """What routers count (`group.no_stats`), with that of the micro-batches."""
+    spec, share, config, batch = _made(spec, rules, settings, batch)
+
+    def run(stage, rows):
+        store = _store(stage, sizes, settings) if sizes.chunks else None
+        state = group.no_stats(share), store
+        act = functools.partial(_count, sizes=sizes)
+        how = dict(sizes.slots), state, act, stage.whole["ticks"]
+        return stage_lib.through(stage, rows, *how)[0]
+
+    how = {"spec": spec, "share": share, "rules": rules, "config": config}
+    made = batches.seen_by_each(run, params, batch, rows, {"ticks": count}, **how)
+    return group.added(stats, made)
+
+
+def _made(spec, rules, settings, batch):
+    """(the model, that of a stretch, how stages compute, the batch as it lies)."""
+    share = share_lib.share_of(spec, mesh.axis_size("stage"), 1)
+    config = step.StepConfig(settings.z_coef, remat=settings.remat)
+    lies = rules.pspec(None, "batch", None)
+    return spec, share, config, {k: mesh.reshard(x, lies) for k, x in batch.items()}
+
+
+def _count(stage, row, x, d, state, *, sizes):
+    """A tick of forward passes alone: those of the table, its others left out."""
+    stats, store = state
+    grouped, forward = row["grouped"] == 1, row["kind"] == ticks.FORWARD
+    up = x
+    if sizes.alone:
+
+        def alone(carry):
+            y, routed = stage.through(row, stage.own(row), carry[0])
+            return y.astype(x.dtype), group.added(carry[1], routed)
+
+        up, stats = stage_lib.when(forward & ~grouped, alone, (up, stats))
+    if sizes.chunks:
+
+        def ahead(carry):
+            up, stats, store = carry
+            (up, store), counts = _forward(stage, row, sizes, x, (up, store))
+            return up, group.added(stats, counts), store
+
+        up, stats, store = stage_lib.when(forward & grouped, ahead, (up, stats, store))
+    return up, d, (stats, store)
 
 
 def _act(stage, row, x, d, state, *, sizes):
@@ -180,7 +306,10 @@ def _act(stage, row, x, d, state, *, sizes):
         here = forward & ~grouped & ~at["last"]
         up = stage_lib.when(here, lambda x: stage.forward(row, x), up)
     if sizes.chunks:
-        ahead = functools.partial(_forward, stage, row, sizes, x)
+
+        def ahead(carry):
+            return _forward(stage, row, sizes, x, carry)[0]
+
         up, store = stage_lib.when(forward & grouped, ahead, (up, store))
     down = d
     if sizes.alone:
@@ -214,16 +343,17 @@ def _places(stage, row, sizes):
 
 
 def _forward(stage, row, sizes, x, carry):
-    """(the residual behind the stretch, the store with the chunk in)."""
+    """((the residual behind the stretch, the store with the chunk in), what routers
+    counted)."""
     up, store = carry
     chunk, states, first = _places(stage, row, sizes)
     params = {"layers": stage.own(row)}
-    chunks, _ = group.forward(
+    chunks, counts = group.forward(
         *(stage.share, params, chunk, store["chunks"], states, stage.rules),
         *(x, row["s"], first),
     )
     up = chunks.ring["last_btd"][row["s"]].astype(up.dtype)
-    return up, store | {"chunks": chunks}
+    return (up, store | {"chunks": chunks}), counts
 
 
 def _backward(stage, row, at, sizes, carry):
@@ -239,7 +369,7 @@ def _backward(stage, row, at, sizes, carry):
     )
     d_states = jax.tree.map(lambda x: jnp.where(ends, 0, x), store["d_states"])
     cotangents = {"x": d, "held": d_held, "states": d_states}
-    cotangents["stats"] = group.no_stats(stage.share)
+    cotangents["stats"] = stage.d_stats()
     dx, d_layers, d_held, d_states = layers.backward(
         *(stage.share, params, chunk, chunks.held, before, chunks.tail_nbj[states]),
         *(saved, cotangents, stage.rules, first),

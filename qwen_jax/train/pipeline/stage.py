@@ -26,7 +26,9 @@ from qwen_jax.train import losses, step
 ENDS = ("embed_vd", "norm_d", "streams", "head_vd")  # weights that are no layers
 
 
-def through(stage: "Stage", rows: Any, slots: dict[str, int], acc: Any, act) -> Any:
+def through(
+    stage: "Stage", rows: Any, slots: dict[str, int], acc: Any, act, count: Any = None
+) -> Any:
     """`acc` after all ticks.
 
     Args:
@@ -36,6 +38,7 @@ def through(stage: "Stage", rows: Any, slots: dict[str, int], acc: Any, act) -> 
       acc: before the first tick.
       act: (stage, row, x, d, acc) -> (what goes up, what goes down, acc); x is the
         residual before the stretch, d the cotangent of the one behind it.
+      count: of ticks; None for all that the table has.
     """
     x = jax.eval_shape(lambda: stage.embedded(0))
     lies = stage.rules.pspec(None, "batch", *[None] * (len(x.shape) - 1))
@@ -43,7 +46,8 @@ def through(stage: "Stage", rows: Any, slots: dict[str, int], acc: Any, act) -> 
     def zeros(count):
         return mesh.reshard(jnp.zeros((count, *x.shape), x.dtype), lies)
 
-    def tick(carry, row):
+    def tick(i, carry):
+        row = jax.tree.map(lambda x: x[i], rows)
         x_slots, d_slots, acc = carry
         x = jax.lax.dynamic_index_in_dim(x_slots, row["x_from"], keepdims=False)
         d = jax.lax.dynamic_index_in_dim(d_slots, row["d_from"], keepdims=False)
@@ -52,10 +56,11 @@ def through(stage: "Stage", rows: Any, slots: dict[str, int], acc: Any, act) -> 
         up, down, acc = act(stage, row, x, d, acc)
         x_slots = put(x_slots, _handed(up, 1), row["x_into"])
         d_slots = put(d_slots, _handed(down, -1), row["d_into"])
-        return (x_slots, d_slots, acc), None
+        return x_slots, d_slots, acc
 
     carry = zeros(slots["x"] + 1), zeros(slots["d"] + 1), acc
-    return jax.lax.scan(tick, carry, rows)[0][2]
+    count = len(rows["kind"]) if count is None else count
+    return jax.lax.fori_loop(0, count, tick, carry)[2]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -176,6 +181,9 @@ class Stage:
         of a stretch, so that all stretches sum to what `step.loss_fn` has."""
         if routed is None:
             return jnp.zeros(()), None
+        if "d_stats" in self.whole:
+            d = self.d_stats()
+            return sum(jnp.sum(x * routed[name]) for name, x in d.items()), None
         before = jax.tree.map(lambda x: x[row["part"]], counts)
         routers, tokens = self.spec.moe, self.whole["tokens"]
         seen = before["routed"] + routed["tokens"][0]
@@ -189,6 +197,18 @@ class Stage:
         new = {"counts_le": routed["counts_e"], "routed": routed["tokens"][0]}
         sums["dropped"] = jnp.sum(routed["dropped"])
         return loss, {"counts": new, "sums": sums}
+
+    def d_stats(self):
+        """Cotangents of what the stretch's routers count, where those of all are known
+        (see `chunkflow.gradients.d_stats`); None for models without routers."""
+        if self.spec.moe is None:
+            return None
+        count = len(self.share.layers_with("moe"))
+        first = jax.lax.axis_index("stage") * count
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, first, count),
+            self.whole["d_stats"],
+        )
 
     def nothing(self):
         """What is added up, before the first operation."""

@@ -21,7 +21,7 @@ Raises: RuntimeError, as `bubbles.simulate`, for an order that waits for itself.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -71,7 +71,6 @@ def table(
     micros: Sequence[bubbles.Micro],
     order: Sequence[Sequence[bubbles.Op]],
     parts: int = 1,
-    size: Callable[[int], int] = int,
     turns: bool = False,
 ) -> Table:
     """The ticks of an order.
@@ -80,8 +79,6 @@ def table(
       micros: as of `bubbles.simulate`; what they cost is not looked at.
       order: the operations of each device.
       parts: stages of a device.
-      size: gives the number of ticks, or slots, that the table is made for, of those
-        that it needs.
       turns: forward passes in even ticks alone, backward ones in odd.
     """
     devices = len(order)
@@ -95,7 +92,7 @@ def table(
     }
     if turns:
         ticks = _in_turns(ticks)
-    shape = size(max(ticks.values()) + 1), devices
+    shape = max(ticks.values()) + 1, devices
     rows = {name: np.zeros(shape, np.int32) for name in COLUMNS}
     last = {m.group: m.number for m in micros}
     for (kind, i, stage), tick in ticks.items():
@@ -108,13 +105,13 @@ def table(
     slots = {}
     for name, ups in (("x", True), ("d", False)):
         spans = _handed(micros, ticks, devices, parts, ups)
-        placed, slots[name] = _placed(spans, devices, size)
+        placed, slots[name] = _placed(spans, devices)
         rows[f"{name}_into"][:] = slots[name]
         for p, arrives, read, slot in placed:
             rows[f"{name}_into"][arrives, p] = slot
             rows[f"{name}_from"][read, p] = slot
     for name, spans in (("s", _saved), ("g", _groups)):
-        placed, slots[name] = _placed(spans(micros, ticks, devices), devices, size)
+        placed, slots[name] = _placed(spans(micros, ticks, devices), devices)
         rows[name][:] = slots[name]
         for p, _, used, slot in placed:
             rows[name][used, p] = slot
@@ -170,7 +167,7 @@ def _groups(micros, ticks, devices) -> Iterable:
         yield stage % devices, min(every) - 1, every
 
 
-def _placed(spans: Iterable, devices: int, size) -> tuple[list, int]:
+def _placed(spans: Iterable, devices: int) -> tuple[list, int]:
     """((device, first, ticks, slot) of each span, slots): a slot is taken again by what
     comes at the end of the tick that used it last, or later."""
     placed, most, spans = [], 0, sorted(spans)
@@ -184,4 +181,4 @@ def _placed(spans: Iterable, devices: int, size) -> tuple[list, int]:
             free_from[slot] = max(used)
             placed.append((p, first, used, slot))
         most = max(most, len(free_from))
-    return placed, size(most) if most else 0
+    return placed, most

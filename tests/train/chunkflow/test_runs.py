@@ -79,17 +79,35 @@ def test_losses_of_routers_are_those_of_the_whole_step(tmp_path):
     assert all(row["expert_load_max"] > 1 and row["balance_loss"] > 1 for row in rows)
 
 
+STAGES = ["--config.mesh.stage=2", "--config.rules.layers=stage"]
+
+
+@pytest.mark.parametrize(
+    "moe", [pytest.param(x, marks=pytest.mark.slow) for x in (False, True)]
+)
+def test_a_run_in_chunks_through_stages(tmp_path, moe):
+    data = runs.corpus(tmp_path / "corpus")
+    more = [f"--config.model.moe={MOE}", "--config.export=false"] if moe else []
+    whole = trained(tmp_path / "whole", data, *more)
+    made = trained(tmp_path / "made", data, *more, *chunks(16, 2), *STAGES)
+    assert_same(made, whole)
+
+
 @pytest.mark.parametrize(
     "axes",
     [
         pytest.param(("data=2", "tensor=2"), id="rows apart"),
         pytest.param(("fsdp=1", "tensor=4"), id="rows shared", marks=pytest.mark.slow),
+        pytest.param(("data=2", "stage=2"), id="stages", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_lay_out_one_step(tmp_path, axes):
     data = runs.corpus(tmp_path / "corpus")
     one, two = tmp_path / "one", tmp_path / "two"
     more = [*chunks(16, 2), *(f"--config.mesh.{axis}" for axis in axes)]
+    name, size = axes[1].split("=")
+    if name == "stage":
+        more += STAGES
     words = runs.words(two, data, *LEAN, *more, arg="adamw")
     pair = runs.start_pair(words, devices=2)
     trained(one, data)
@@ -97,7 +115,7 @@ def test_two_processes_lay_out_one_step(tmp_path, axes):
         assert code == 0, err
     assert_same(two, one)
     facts = json.loads((two / "run.json").read_text())
-    assert facts["mesh"]["tensor"] == int(axes[1][-1])
+    assert facts["mesh"][name] == int(size)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_compiled(tmp_path, capsys):

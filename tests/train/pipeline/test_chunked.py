@@ -86,6 +86,7 @@ def test_as_chunkflow_on_one_device(name, layers, stages, live, lengths):
         spec = dataclasses.replace(SPECS[name], num_layers=layers)
         params, documents = models.init(spec, 1), draw(lengths)
         how = {"chunk_tokens": 8, "live_chunks": live, "z_coef": 0.02}
+        how["router_losses"] = name == "moe"
         want = chunkflow.value_and_grad(spec, params, documents, **how)
         got = pipeline.chunked_value_and_grad(
             spec, params, documents, stages=stages, **how
@@ -100,7 +101,7 @@ def test_beside_other_axes(name):
     with jax.enable_x64(True):
         spec = dataclasses.replace(SPECS[name], num_layers=6)
         params, documents = models.init(spec, 1), draw([*LENGTHS, 30, 12])
-        how = {"chunk_tokens": 8, "live_chunks": 2}
+        how = {"chunk_tokens": 8, "live_chunks": 2, "router_losses": name == "moe"}
         want = chunkflow.value_and_grad(spec, params, documents, **how)
         on = mesh.make(mesh.MeshConfig(data=2, tensor=2, stage=2))
         rules = mesh.Rules(layers="stage")
@@ -118,13 +119,13 @@ def test_beside_other_axes(name):
 def test_the_order_is_state_aware():
     """Up, then down; again just before; what is carried is of what is under way."""
     settings = gradients.Settings(8, 2)
-    micros, batch, targets = chunked.lay_out(
-        DENSE, draw(LENGTHS), settings, mesh.Rules()
-    )
-    assert [one.group for one in micros] == [None] * 3 + [3] * 6 + [4] * 3 + [5] * 2
+    dealt, _, targets = chunked.lay_out(DENSE, draw(LENGTHS), settings, mesh.Rules())
+    assert len(dealt.packed) == 3 and [n for _, n in dealt.groups] == [6, 3, 2]
     assert targets == sum(LENGTHS) - len(LENGTHS)
+    batch = chunked.arrays(dealt, 16)
     assert batch["tokens_bt"].shape == (16, 1, 8) and not batch["mask_bt"][14:].any()
-    plan = chunked.table(micros, 4)
+    plan = chunked.plan_of(3, (6, 3, 2), 2, 4).table
+    micros = bubbles.chunks([[1.0]] * 3 + [[1.0] * n for n in (6, 3, 2)], 2)
     assert plan.order() == bubbles.one_f_one_b(micros, 4)
     long = {3: 0, 4: 1, 5: 2, 6: 3, 7: 4, 8: 5}
     for ops in plan.order():
@@ -141,7 +142,7 @@ def test_the_order_is_state_aware():
         assert all(ops[i + 1] == bubbles.Op("B", ops[i].micro) for i in again)
     # A ring of two for each group, at most two of which are under way in a stage.
     assert plan.slots["g"] == 2 and 2 <= plan.slots["s"] <= 4
-    alone = [chunked.table(bubbles.chunks([[1.0] * n], 2), 4) for n in (6, 12)]
+    alone = [chunked.plan_of(0, (n,), 2, 4).table for n in (6, 12)]
     assert [one.slots["s"] for one in alone] == [2, 2]
     assert [one.slots["g"] for one in alone] == [1, 1]
 
@@ -155,7 +156,7 @@ def test_programs_are_few():
         pipeline.chunked_value_and_grad(
             spec, params, draw(lengths), stages=1, chunk_tokens=8
         )
-        return chunked._jitted._cache_size()
+        return chunked.summed._cache_size()
 
     before = step_of([30, 9])  # 4 and 2 chunks
     assert step_of([25, 16]) == before
@@ -168,7 +169,6 @@ def test_bad_input_is_refused():
         with pytest.raises(config.InputError, match=words):
             pipeline.chunked_value_and_grad(DENSE, {}, documents, **how)
 
-    refused("router_losses=True: losses of routers", [[1, 2]], router_losses=True)
     refused("live_chunks=0: wanted at least 1", [[1, 2]], live_chunks=0)
     refused("2 documents have no target", [[1], [2]])
     refused(r"documents\[1\] has ids 3 to 48", [[1, 2], [3, 48]])

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from qwen_jax.train import bubbles
-from qwen_jax.train.chunkflow import chunks
 from qwen_jax.train.pipeline import batches, ticks
 
 
@@ -131,12 +130,9 @@ def test_chunks_find_what_they_need(seed):
     micros = bubbles.chunks(groups, live=int(rng.integers(1, 4)))
     stages = int(rng.integers(1, 5))
     order = bubbles.one_f_one_b(micros, stages)
-    for size in (int, chunks.rounded):
-        plan = ticks.table(micros, order, size=size)
-        assert replay(plan, micros) == order
-        again = sum(op.kind == bubbles.AGAIN for op in order[0])
-        assert again == sum(not one.stays for one in micros)
-        assert all(n == size(n) for n in plan.slots.values() if n)
+    assert replay(ticks.table(micros, order), micros) == order
+    again = sum(op.kind == bubbles.AGAIN for op in order[0])
+    assert again == sum(not one.stays for one in micros)
 
 
 def test_a_table_that_is_wrong_is_seen():
