@@ -385,11 +385,14 @@ def _chunk_lines(report: Report, derived: chunk_costs.Estimate) -> list[str]:
         "keys": "keys and values of the longest row",
         "key_grads": "their cotangents",
         "waiting": "chunks that wait",
+        "handed": "handed from stage to stage",
         "working": "activations of one layer",
         "head": "or head and loss",
         "packed": "or all layers of a standalone chunk",
     }
     lines = [f"memory of one device, GiB {'derived':>21} {'compiler':>10}"]
+    if not derived.handed:
+        del names["handed"]
     for field, name in names.items():
         lines.append(f"  {name:35} {_number(getattr(derived, field)):>9}")
     told = report.compiled and report.compiled.needed

@@ -244,8 +244,9 @@ def candidate(exp: Any, setup: prepare.Setup, batches, rates: Rates) -> Candidat
     """What the experiment's chunks cost."""
     c, k = exp.train.chunk_tokens, exp.train.live_chunks
     ways = setup.batch.micro_rows
-    held = prepare.chunk_memory(dataclasses.replace(setup, exp=exp))
-    works, places, real = [], 0, 0
+    setup = dataclasses.replace(setup, exp=exp)
+    held, rounds = prepare.chunk_memory(setup), setup.rounds
+    works, places, real, stretch = [], 0, 0, []
     for batch in batches:
         plan = chunks.build(batch, c)
         short = [n for n in batch if n <= c]
@@ -264,11 +265,15 @@ def candidate(exp: Any, setup: prepare.Setup, batches, rates: Rates) -> Candidat
                 weight_bytes=held.weights,
             )
         )
+        if rounds is not None:
+            stretch.append(rounds.stretch(packed, groups) / rounds.stages)
         places += (packed + sum(groups)) * ways * c
         real += sum(batch)
     mean = np.mean([dataclasses.astuple(one) for one in works], axis=0)
-    # Products are split between the devices that split heads.
-    flops = mean[0] / memory.ways(exp.rules.heads, dict(setup.device_mesh.shape))
+    # Products are split between the devices that split heads, and between stages, which
+    # wait for each other.
+    flops = mean[0] * np.mean(stretch or [1.0])
+    flops /= memory.ways(exp.rules.heads, dict(setup.device_mesh.shape))
     work = costs.Work(float(flops), float(mean[1]), float(mean[2]))
     return Candidate(
         *(c, k, held.total, real / len(batches), 1 - real / places, work),

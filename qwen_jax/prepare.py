@@ -30,6 +30,7 @@ from qwen_jax.plan import chunks as chunk_costs
 from qwen_jax.train import chunkflow, pipeline, state, step
 from qwen_jax.train.chunkflow import chunks, layers
 from qwen_jax.train.chunkflow import step as chunk_step
+from qwen_jax.train.pipeline import chunked
 from qwen_jax.train.pipeline import rounds as rounds_lib
 
 GATHER_S = 3600.0  # that processes wait for each other's lengths, as reading may take
@@ -70,9 +71,8 @@ class Setup:
         stages, train = self.device_mesh.shape["stage"], self.exp.train
         if stages == 1 or not train.chunk_tokens:
             return None
-        places = self.batch.micro_rows * train.chunk_tokens
         groups = chunk_step.group_sizes(self.chunks, self.exp.data.seq_tokens)
-        full = -(-self.derivation.batch_tokens // places)
+        full = _full_chunks(train, self.batch)
         return rounds_lib.programs(train.live_chunks, stages, groups, full)
 
     @property
@@ -216,16 +216,24 @@ def _batch(exp: experiment.Experiment, device_mesh: Any, ways: int, tokens: int)
 def chunk_memory(setup: Setup) -> chunk_costs.Estimate:
     """What a step in chunks holds in one device's memory, of rows as long as may be."""
     exp, train = setup.exp, setup.exp.train
-    most = -(-exp.data.seq_tokens // train.chunk_tokens)
-    return chunk_costs.estimate(
-        *(exp.model, exp.rules, dict(setup.device_mesh.shape)),
+    of = functools.partial(
+        chunk_costs.estimate,
+        sizes=dict(setup.device_mesh.shape),
         optimizer=exp.optim.name,
         remat=train.remat,
         chunk_tokens=train.chunk_tokens,
         live_chunks=train.live_chunks,
-        chunks=chunks.rounded(most),
         kv_grad_bytes=jnp.dtype(train.kv_grad_dtype or "float32").itemsize,
     )
+    if setup.rounds is None:
+        most = -(-exp.data.seq_tokens // train.chunk_tokens)
+        return of(exp.model, exp.rules, chunks=chunks.rounded(most))
+    share = pipeline.share_of(exp.model, setup.rounds.stages, 1)
+    each = [
+        of(share, flat(exp.rules), chunks=one.chunks, slots=dict(one.slots))
+        for one in setup.rounds.sizes.values()
+    ]
+    return max(each, key=lambda one: one.total)
 
 
 def _check_stages(exp: experiment.Experiment, sizes: dict[str, int]) -> None:
@@ -290,7 +298,14 @@ def _stage_lines(exp: experiment.Experiment, stages: int, batch: Any) -> tuple:
     if stages == 1:
         return ()
     if exp.train.chunk_tokens:
-        return (f"pipeline = {stages} stages, state-aware 1f1b of chunks",)
+        full = _full_chunks(exp.train, batch)
+        plan = chunked.plan_of(full, (), exp.train.live_chunks, stages)
+        waits = plan.sizes.ticks - 2 * full
+        line = (
+            f"pipeline = {stages} stages, state-aware 1f1b; {full} chunks of short "
+            f"documents in {plan.sizes.ticks} ticks, in {waits} of which a stage waits"
+        )
+        return (line,)
     parts, count = exp.train.stage_parts, batch.micro_steps
     order = exp.train.stage_order
     plan = pipeline.table(count, stages, parts, order)
@@ -300,6 +315,11 @@ def _stage_lines(exp: experiment.Experiment, stages: int, batch: Any) -> tuple:
         f"micro-batches in {ticks} ticks, in {ticks - share} of which a stage waits"
     )
     return (line,)
+
+
+def _full_chunks(train: experiment.TrainConfig, batch: micro.Batch) -> int:
+    """Batches of chunks in a step whose rows are full."""
+    return -(-train.batch_tokens // (batch.micro_rows * train.chunk_tokens))
 
 
 def check_chunks(exp: experiment.Experiment) -> None:

@@ -12,6 +12,7 @@ backward pass. Bytes of one device:
                linear layers before each chunk
     key_grads  cotangents of those keys and values, float32
     waiting    inputs of layers and results of attention, of K chunks
+    handed     residuals and cotangents between stages of a pipeline
     gathered, head, working   as in `memory`, of one chunk
 
 Standalone chunks hold activations of all layers instead of keys and what waits.
@@ -52,13 +53,14 @@ class Estimate:
     keys: int
     key_grads: int
     waiting: int
+    handed: int
     working: int
     packed: int  # activations of a standalone chunk
 
     @property
     def fixed(self) -> int:
         """What every program of the step finds there or makes."""
-        sums = self.sums + self.gradient
+        sums = self.sums + self.gradient + self.handed
         return self.weights + self.optimizer + sums + self.gathered
 
     @property
@@ -84,6 +86,7 @@ def estimate(
     live_chunks: int,
     chunks: int,
     kv_grad_bytes: int = 4,
+    slots: Mapping[str, int] | None = None,
 ) -> Estimate:
     """Bytes of one device in a step in chunks, a row of each device at a time.
 
@@ -94,6 +97,8 @@ def estimate(
       live_chunks: K.
       chunks: that a program is compiled for; 1 where no document is longer than C.
       kv_grad_bytes: of one number of the cotangents of keys and values.
+      slots: of a pipeline's program, as of `train.pipeline.ticks.Table`; the model is
+        then the stretch of a stage.
     """
     how = {"optimizer": optimizer, "remat": remat, "micro_steps": 1}
     flat = memory.estimate(spec, rules, sizes, tokens=chunk_tokens, **how)
@@ -102,7 +107,7 @@ def estimate(
     heads, kv_heads = (memory.ways(x, sizes) for x in (rules.heads, rules.kv_heads))
     attending = sum(kind.mixer == "attention" for kind in spec.kinds)
     keys = 2 * attending * spec.num_kv_heads * spec.head_width // kv_heads
-    slots = chunks * chunk_tokens
+    places = chunks * chunk_tokens
     width = memory.residual_bytes(spec)
     out = spec.num_heads * (spec.head_width * size + max(size, 4)) // heads
     waits = (len(spec.kinds) + 1) * width + attending * out
@@ -122,6 +127,10 @@ def estimate(
     pair = SCORES * max(size, 4) * spec.num_heads // heads
     own = carried.block_for(chunk_tokens)
     deep = chunks > 1
+    # A pipeline has one of each more, for what nobody reads.
+    many = {"x": -1, "d": -1, "g": 0} if slots is None else slots
+    held_groups = deep * (many["g"] + 1)
+    waiting = min(live_chunks, chunks) if slots is None else slots["s"] + 1
     return Estimate(
         weights=flat.weights,
         optimizer=flat.optimizer,
@@ -129,9 +138,10 @@ def estimate(
         gradient=2 * flat.gradient,
         gathered=flat.gathered,
         head=flat.head - memory.CHUNK_BYTES + logits,
-        keys=deep * (keys * slots * size + (chunks + 1) * states),
-        key_grads=deep * keys * slots * wide,
-        waiting=deep * min(live_chunks, chunks) * waits * chunk_tokens,
+        keys=held_groups * (keys * places * size + (chunks + 1) * states),
+        key_grads=held_groups * keys * places * wide,
+        waiting=deep * waiting * waits * chunk_tokens,
+        handed=(many["x"] + many["d"] + 2) * width * chunk_tokens,
         working=deep
         * (flat.working + kept // len(spec.kinds) * chunk_tokens + pair * own * own),
         packed=flat.kept + flat.working + pair * block * seen,

@@ -18,10 +18,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from qwen_jax.train import bubbles
 from qwen_jax.train.chunkflow import chunks as chunks_lib
 from qwen_jax.train.chunkflow import gradients as chunk_gradients
 from qwen_jax.train.pipeline import chunked, ticks
+
+# Of an operation's time; a backward pass computes its stretch again.
+COSTS = {bubbles.FORWARD_PASS: 1.0, bubbles.AGAIN: 1.0, bubbles.BACKWARD_PASS: 3.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,18 @@ class Programs:
             first += count
             made.append(Round(most, alone, mine, self._plan(count, counts)))
         return made
+
+    def stretch(self, packed: int, groups: Sequence[int]) -> float:
+        """How long a step's ticks take, over what one stage computes in them."""
+        whole = work = 0.0
+        for one in self.deal(packed, groups):
+            kinds = one.plan.table.rows["kind"]
+            whole += one.plan.table.seconds(COSTS)
+            work += sum(
+                cost * np.sum(kinds == ticks.KINDS.index(kind))
+                for kind, cost in COSTS.items()
+            )
+        return whole * self.stages / work
 
     def _groups(self, program: int, counts: list[int]) -> list[int]:
         """Numbers of the groups that go through a program together, the first among
