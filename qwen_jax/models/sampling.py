@@ -203,7 +203,8 @@ def draw(
     short_b = (rows.top_k_b > 0) & (rows.top_k_b <= SHORT)
 
     def whole(logits_bv):
-        return jnp.argmax(_scaled(logits_bv, rows) + gumbel(logits_bv), axis=1)
+        scores_bv = _scaled(logits_bv, rows) + gumbel(logits_bv)
+        return jnp.argmax(scores_bv, axis=1).astype(jnp.int32)
 
     def among_few(logits_bv):
         # Of equal scores at the edge of top-k all must be here: hence twice as many.
@@ -215,7 +216,8 @@ def draw(
         return jnp.take_along_axis(ids_bk, best_b1, axis=1)[:, 0]
 
     def among_all(logits_bv):
-        return jnp.argmax(warped(logits_bv, rows) + gumbel(logits_bv), axis=1)
+        scores_bv = warped(logits_bv, rows) + gumbel(logits_bv)
+        return jnp.argmax(scores_bv, axis=1).astype(jnp.int32)
 
     def gumbel(logits_bv):
         return noise(rows, step_b, logits_bv.shape[1])
@@ -224,9 +226,9 @@ def draw(
         way = jnp.where(jnp.any(cuts_b & warm_b), 2, 0)
         way = jnp.where(jnp.all(short_b | ~warm_b), 1, way)
         ways = (whole, among_few, among_all)
-        return jax.lax.switch(way, ways, logits_bv).astype(jnp.int32)
+        return jax.lax.switch(way, ways, logits_bv)
 
     if uncut:
-        return jnp.where(warm_b, whole(logits_bv).astype(jnp.int32), greedy_b)
+        return jnp.where(warm_b, whole(logits_bv), greedy_b)
     drawn_b = jax.lax.cond(jnp.any(warm_b), drawn, lambda _: greedy_b, logits_bv)
     return jnp.where(warm_b, drawn_b, greedy_b)

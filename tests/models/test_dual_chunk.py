@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from qwen_jax import config, mesh, models
+from qwen_jax import params as params_lib
 from qwen_jax.models import cache as cache_lib
-from qwen_jax.models import decode, dual_chunk, hf_config, rope
+from qwen_jax.models import decode, decoder, dual_chunk, hf_config, rope
 from qwen_jax.models import spec as spec_lib
 from tests.oracles import dual_chunk as oracle
 
@@ -225,27 +226,38 @@ def test_generation_follows_whole_forward_passes(params):
         assert list(logits[start : start + 20].argmax(-1)) == new
 
 
-def test_a_mesh_computes_the_same(params):
+def test_a_mesh_computes_the_same():
+    with jax.enable_x64(True):
+        mesh_computes_the_same(
+            dataclasses.replace(SPEC, param_dtype="float64", compute_dtype="float64")
+        )
+
+
+def mesh_computes_the_same(spec):
     tokens, segments = np.repeat(ids(), 4, axis=0), np.repeat(rows(), 4, axis=0)
-    want = models.forward(SPEC, params, tokens, segments=segments)
+    params = models.init(spec, 0)
+    want = models.forward(spec, params, tokens, segments=segments)
     on = mesh.make(mesh.MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(on):
-        placed = models.init(SPEC, 0, device_mesh=on, rules=RULES)
+        layout = params_lib.shardings(decoder.decoder_params(spec), on, RULES)
+        placed = jax.device_put(params, layout)
         batch = mesh.sharding(on, RULES.pspec("batch", None))
         tokens, segments = jax.device_put((tokens, segments), batch)
         run = jax.jit(
-            lambda p, t, s: models.forward(SPEC, p, t, segments=s, rules=RULES)
+            lambda p, t, s: models.forward(spec, p, t, segments=s, rules=RULES)
         )
-        np.testing.assert_allclose(run(placed, tokens, segments), want, atol=3e-5)
-        cache = cache_lib.init(SPEC, 8, T, RULES)
+        np.testing.assert_allclose(run(placed, tokens, segments), want, atol=1e-11)
+        cache = cache_lib.init(spec, 8, T, RULES)
         cached = jax.jit(
             lambda p, t, s, c: models.forward(
-                SPEC, p, t, segments=s, cache=c, rules=RULES
+                spec, p, t, segments=s, cache=c, rules=RULES
             )[0]
         )
         got = cached(placed, tokens, segments, cache)
     real = np.asarray(segments) > 0
-    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=3e-5)
+    np.testing.assert_allclose(
+        np.asarray(got)[real], np.asarray(want)[real], atol=1e-11
+    )
 
 
 def test_config_json_tells_of_it(params, tmp_path):

@@ -216,9 +216,10 @@ def test_logits(pair):
     got = np.asarray(forward(params, ids, np.ones_like(ids)))
     want, exact = reference_logits(reference, ids), exact_logits(reference, ids)
     assert exact.dtype == np.float64 and want.std() > 0.3
-    noise = np.abs(want - exact).max()
-    assert 0 < noise < 2.5e-4
-    assert np.abs(got - exact).max() < 4 * noise
+    assert 0 < np.abs(want - exact).max() < 2.5e-4
+    # Of all logits: the largest error of one is another on each kind of machine.
+    ours, theirs = (np.sqrt(np.mean((x - exact) ** 2)) for x in (got, want))
+    assert ours < 2 * theirs
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
 
 
