@@ -87,8 +87,9 @@ class TrainConfig:
     live_chunks: int = 1
     # Of cotangents of their keys and values: "" for float32; bfloat16 halves them.
     kv_grad_dtype: str = ""
-    # Along mesh.stage (see train.pipeline): the order of micro-batches, 1f1b, eager or
-    # interleaved, which has several stretches of layers on each device.
+    # Along mesh.stage (see train.pipeline): the order of micro-batches of whole rows,
+    # 1f1b, eager or interleaved, which has several stretches of layers on each device.
+    # Chunks go in state-aware 1f1b.
     stage_order: str = "eager"
     stage_parts: int = 1
     # A model folder to start from, its tokenizer with it; "" = random weights.

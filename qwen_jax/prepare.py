@@ -230,7 +230,7 @@ def chunk_memory(setup: Setup) -> chunk_costs.Estimate:
         return of(exp.model, exp.rules, chunks=chunks.rounded(most))
     share = pipeline.share_of(exp.model, setup.rounds.stages, 1)
     each = [
-        of(share, flat(exp.rules), chunks=one.chunks, slots=dict(one.slots))
+        of(share, _flat(exp.rules), chunks=one.chunks, slots=dict(one.slots))
         for one in setup.rounds.sizes.values()
     ]
     return max(each, key=lambda one: one.total)
@@ -379,7 +379,7 @@ def compile_step(setup: Setup) -> Any:
         return fn.lower(*abstract_inputs(setup)).compile()
 
 
-def flat(rules: mesh.Rules) -> mesh.Rules:
+def _flat(rules: mesh.Rules) -> mesh.Rules:
     """The rules of programs without stages, for what `whole_layers` gives."""
     return dataclasses.replace(rules, layers=None)
 
@@ -388,7 +388,7 @@ def whole_layers(setup: Setup, weights: Any) -> Any:
     """The weights with all layers on every stage, for programs without stages."""
     if not setup.exp.rules.layers:
         return weights
-    rules = flat(setup.exp.rules)
+    rules = _flat(setup.exp.rules)
     tree = decoder.decoder_params(setup.exp.model)
     layout = params.shardings(tree, setup.device_mesh, rules)
     with jax.set_mesh(setup.device_mesh):
@@ -498,19 +498,15 @@ def placer_of(setup: Setup, token_bytes: np.ndarray) -> Placer | ChunkPlacer:
     """What lays the batches of a run on its mesh."""
     if setup.chunks is not None:
         parts_of = setup.rounds.parts_of if setup.rounds else chunkflow.parts_of
-        return _chunk_placer(setup, token_bytes, "chunks", parts_of)
+        return chunk_placer(setup, token_bytes, "chunks", parts_of)
     batch = setup.batch
     return placer(setup.device_mesh, setup.exp.rules, batch.rows, batch.micro_steps)
 
 
-def heldout_placer(setup: Setup, token_bytes: np.ndarray) -> Placer | ChunkPlacer:
-    """The same for held-out text: batches of one micro-batch each, or any rows."""
-    if setup.chunks is not None:
-        return _chunk_placer(setup, token_bytes, "heldout", chunkflow.parts_of)
-    return placer(setup.device_mesh, setup.exp.rules, setup.batch.micro_rows, 1)
-
-
-def _chunk_placer(setup, token_bytes, what, parts_of):
+def chunk_placer(
+    setup: Setup, token_bytes: np.ndarray, what: str, parts_of: Any
+) -> ChunkPlacer:
+    """What lays rows in chunks; see `ChunkPlacer`, and `chunkflow.parts_of`."""
     one = placer(setup.device_mesh, setup.exp.rules, setup.batch.micro_rows, 1)
     bytes_v = np.zeros(setup.exp.model.vocab_size, np.float32)
     bytes_v[: len(token_bytes)] = token_bytes

@@ -18,7 +18,6 @@ import datetime
 import functools
 import itertools
 import json
-import math
 import os
 import pathlib
 import platform
@@ -31,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwen_jax import config, export, mesh, metrics, prepare, report, rng
+from qwen_jax import config, export, heldout, mesh, metrics, prepare, report, rng
 from qwen_jax.checkpoint import agree, manager, timing
 from qwen_jax.data import corpus, loader, tokenizer
 from qwen_jax.eval import perplexity
@@ -40,7 +39,6 @@ from qwen_jax.models import decode, flops, sampling
 from qwen_jax.optim import schedules
 from qwen_jax.plan import chips
 from qwen_jax.train import loop, state, step
-from qwen_jax.train.chunkflow import step as chunk_step
 
 
 class Session:
@@ -282,8 +280,9 @@ class Session:
     def evaluate(self, number: int, weights: Any) -> None:
         """Held-out loss, into the metrics and on the terminal."""
         if self.heldout is None:
-            self._open_heldout()
-        weights = prepare.whole_layers(self.setup, weights)
+            self.heldout, self.eval_sums = heldout.opened(
+                self.setup, self.vocabulary, self.batches.sources
+            )
         scores = perplexity.evaluate(
             self.eval_sums, weights, self.heldout, self.bytes_v
         )
@@ -294,27 +293,6 @@ class Session:
             f"step {number}: held-out {scores['eval_bits_per_byte']:.3f} bits/byte, "
             f"loss {scores['eval_loss']:.3f}",
         )
-
-    def _open_heldout(self) -> None:
-        exp, batch = self.exp, self.setup.batch
-        place = prepare.heldout_placer(self.setup, self.vocabulary.token_bytes)
-        found = corpus.heldout(
-            exp.data,
-            self.vocabulary,
-            batch_rows=batch.micro_rows,
-            process_index=place.index,
-            process_count=place.count,
-            sources=self.batches.sources,
-        )
-        each = batch.micro_rows * exp.data.seq_tokens
-        most = math.ceil(exp.eval.max_tokens / each) or len(found.batches)
-        batches, of = found.batches[:most], (exp.model, prepare.flat(exp.rules))
-        if self.setup.chunks is None:
-            self.eval_sums = perplexity.make(*of, self.setup.step_config)
-        else:  # all at once: the fewer steps, the fewer chunks that are not full
-            join = {k: np.concatenate([x[k] for x in batches]) for k in batches[0]}
-            batches, self.eval_sums = [join], chunk_step.scorer(*of)
-        self.heldout = [place(rows) for rows in batches]
 
     def sample(self, number: int, weights: Any) -> None:
         """Continue the prompts and print what came."""

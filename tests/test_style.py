@@ -25,7 +25,16 @@ ORDER = [
     *[(name,) for name in ("checkpoint", "fault", "serve", "platform")],
     ("report", "doctor", "pull"),
     # main and its neighbours, which may import everything above and each other
-    ("experiment", "prepare", "checks", "export", "session", "main", "dryrun")
+    (
+        "experiment",
+        "prepare",
+        "checks",
+        "export",
+        "heldout",
+        "session",
+        "main",
+        "dryrun",
+    )
     + ("talk", "convert", "tools", "terminal", "serving", "evaluate", "planning"),
     ("bench",),  # measures whole runs too
     ("verbs",),

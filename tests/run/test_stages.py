@@ -35,7 +35,7 @@ def test_a_run_through_stages_is_one_without(run_here, tmp_path):
         told[name] = out + err
         _, params = models.load(tmp_path / name / "export", dtype="float32")
         exported[name] = params["layers"]["mlp"]["up_ldf"]
-    line = "pipeline = 2 stages x 1 stretches, 1f1b, 4 micro-batches in 10 ticks, in 2"
+    line = "pipeline = 2 stages x 1 stretches, eager, 4 micro-batches in 12 ticks, in 4"
     assert line in told["stages"] and "pipeline" not in told["whole"]
     wanted, got = (np.array(numbers(tmp_path / x)) for x in ("whole", "stages"))
     assert len(wanted) >= 4 and (wanted[:, 2] > 0).sum() == 2

@@ -7,13 +7,21 @@ from qwen_jax.train.pipeline.batches import (
     table,
     value_and_grad,
 )
-from qwen_jax.train.pipeline.chunked import chunked_value_and_grad
+from qwen_jax.train.pipeline.chunked import (
+    ahead,
+    chunk_scorer,
+    chunked_value_and_grad,
+    scorer,
+)
 from qwen_jax.train.pipeline.share import share_of
 
 __all__ = [
+    "ahead",
+    "chunk_scorer",
     "chunked_value_and_grad",
     "gradients",
     "on_stages",
+    "scorer",
     "share_of",
     "table",
     "value_and_grad",

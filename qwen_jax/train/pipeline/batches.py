@@ -178,18 +178,16 @@ def on_each(
 
 
 def seen_by_each(
-    run, params, batch, rows, whole, *, spec, share, rules, config
-) -> dict[str, jax.Array]:
-    """What `run(stage, rows of its device)` gives of the layers of its stretch, arrays
-    [layers of a kind, ...], of all layers."""
+    run, params, batch, rows, whole, *, out, spec, share, rules, config
+) -> Any:
+    """What `run(stage, rows of its device)` gives, together as `out` says."""
     of_stage = _stage_of(spec, share, rules, config)
 
     def one(*operands):
         return run(*of_stage(*operands))
 
-    fn = mesh.staged(one, inputs=INPUTS, out=jax.P("stage"))
-    made = fn(*_cut(spec, params, rules, 1), batch, rows, whole)
-    return jax.tree.map(lambda x: mesh.reshard(x, jax.P()), made)
+    fn = mesh.staged(one, inputs=INPUTS, out=out)
+    return fn(*_cut(spec, params, rules, 1), batch, rows, whole)
 
 
 # Of weights of layers and the rest, the batch, rows of a table, and `Stage.whole`.

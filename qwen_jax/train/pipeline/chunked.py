@@ -108,9 +108,15 @@ class Plan:
 
 @functools.lru_cache(1024)
 def plan_of(packed: int, groups: tuple[int, ...], live: int, stages: int) -> Plan:
-    """The ticks of these chunks, of which the last `live` of a group stay."""
+    """The ticks of these chunks, of which the last `live` of a group stay; none stays,
+    and there are forward passes alone, with live = 0."""
     micros = bubbles.chunks([[1.0]] * packed + [[1.0] * n for n in groups], live)
-    made = ticks.table(micros, bubbles.one_f_one_b(micros, stages))
+    if live:
+        order = bubbles.one_f_one_b(micros, stages)
+    else:
+        ops = [bubbles.Op(bubbles.FORWARD_PASS, i) for i in range(len(micros))]
+        order = [ops] * stages
+    made = ticks.table(micros, order)
     sizes = Sizes(
         max(groups, default=0),
         packed > 0,
@@ -156,6 +162,56 @@ def chunked_value_and_grad(
         each = jitted(spec, settings, rules, {"round": sizes})
         sums = chunk_gradients.summed(params, [part], targets, tokens, each)
     return sums.nll / targets, sums.grads
+
+
+def ahead(dealt: chunks_lib.Dealt, stages: int) -> list[chunk_gradients.Part]:
+    """The chunks as one part of forward passes alone, which `chunk_scorer` takes."""
+    counts = tuple(count for _, count in dealt.groups)
+    plan = plan_of(len(dealt.packed), counts, 0, stages)
+    sizes = Sizes.of_all([plan.sizes])
+    return [("ahead", (arrays(dealt, sizes.micros), *plan.padded(sizes), sizes))]
+
+
+def chunk_scorer(
+    spec: spec_lib.Spec, rules: mesh.Rules, settings: chunk_gradients.Settings
+) -> Callable[..., dict[str, Any]]:
+    """As `chunkflow.step.scorer`, through stages."""
+
+    def sums(params, work, bytes_v):
+        del bytes_v  # counted where the chunks were laid out
+        total, how = 0.0, {"spec": spec, "rules": rules, "settings": settings}
+        for _, (*operands, sizes) in work.parts:
+            total += float(nll(params, *operands, sizes=sizes, **how))
+        return {"nll": total, "targets": work.targets, "bytes": work.bytes}
+
+    return sums
+
+
+def scorer(
+    spec: spec_lib.Spec, rules: mesh.Rules, config: step.StepConfig
+) -> Callable[..., dict[str, Any]]:
+    """As `eval.perplexity.make`, through stages, of batches [micro, rows, t]."""
+
+    @jax.jit
+    def counts(batch, bytes_v):
+        return batch["mask_bt"].sum(), step.count_bytes(batch, bytes_v)
+
+    def sums(params, batch, bytes_v):
+        micros, _, t = batch["tokens_bt"].shape
+        plan = plan_of(micros, (), 0, mesh.axis_size("stage"))
+        settings = chunk_gradients.Settings(t, remat=config.remat)
+        made = nll(
+            *(params, batch, plan.table.rows, np.int32(plan.sizes.ticks)),
+            spec=spec,
+            rules=rules,
+            settings=settings,
+            sizes=plan.sizes,
+            config=dataclasses.replace(config, mtp_coef=0.0, z_loss=0.0),
+        )
+        targets, size = counts(batch, bytes_v)
+        return {"nll": made, "targets": targets, "bytes": size}
+
+    return sums
 
 
 def jitted(
@@ -253,15 +309,45 @@ def counted(params, stats, batch, rows, count, *, spec, rules, settings, sizes):
     spec, share, config, batch = _made(spec, rules, settings, batch)
 
     def run(stage, rows):
-        store = _store(stage, sizes, settings) if sizes.chunks else None
-        state = group.no_stats(share), store
-        act = functools.partial(_count, sizes=sizes)
-        how = dict(sizes.slots), state, act, stage.whole["ticks"]
-        return stage_lib.through(stage, rows, *how)[0]
+        def see(row, seen, y, routed):
+            del row, y
+            return group.added(seen, routed)
+
+        return _all_ahead(stage, rows, group.no_stats(share), see, sizes, settings)
 
     how = {"spec": spec, "share": share, "rules": rules, "config": config}
-    made = batches.seen_by_each(run, params, batch, rows, {"ticks": count}, **how)
-    return group.added(stats, made)
+    whole, each = {"ticks": count}, jax.P("stage")
+    made = batches.seen_by_each(run, params, batch, rows, whole, out=each, **how)
+    return group.added(stats, jax.tree.map(lambda x: mesh.reshard(x, jax.P()), made))
+
+
+@functools.partial(jax.jit, static_argnames=(*STATIC, "config"))
+def nll(params, batch, rows, count, *, spec, rules, settings, sizes, config=None):
+    """The sum of -ln p over the targets of the micro-batches; config: of whole rows."""
+    spec, share, chunked, batch = _made(spec, rules, settings, batch)
+
+    def run(stage, rows):
+        def see(row, seen, y, routed):
+            del routed
+            more = functools.partial(stage.cross_entropy, row, stage.rest, y)
+            last = stage.at(row)["last"]
+            return stage_lib.when(last, lambda seen: seen + more()[1]["nll"], seen)
+
+        none = stage.nothing()["sums"]["nll"]
+        made = _all_ahead(stage, rows, none, see, sizes, settings)
+        return jax.lax.psum(made, "stage")
+
+    how = {"spec": spec, "share": share, "rules": rules, "config": config or chunked}
+    whole = {"ticks": count}
+    return batches.seen_by_each(run, params, batch, rows, whole, out=jax.P(), **how)
+
+
+def _all_ahead(stage, rows, none, see, sizes, settings):
+    """`none` with what `see` gives of each forward pass of a stage."""
+    store = _store(stage, sizes, settings) if sizes.chunks else None
+    act = functools.partial(_ahead, sizes=sizes, see=see)
+    how = dict(sizes.slots), (none, store), act, stage.whole["ticks"]
+    return stage_lib.through(stage, rows, *how)[0]
 
 
 def _made(spec, rules, settings, batch):
@@ -272,27 +358,29 @@ def _made(spec, rules, settings, batch):
     return spec, share, config, {k: mesh.reshard(x, lies) for k, x in batch.items()}
 
 
-def _count(stage, row, x, d, state, *, sizes):
-    """A tick of forward passes alone: those of the table, its others left out."""
-    stats, store = state
+def _ahead(stage, row, x, d, state, *, sizes, see):
+    """A tick of forward passes alone: those of the table, its others left out. `see`
+    gives what is seen of one: (row, seen so far, the residual, what routers counted).
+    """
+    seen, store = state
     grouped, forward = row["grouped"] == 1, row["kind"] == ticks.FORWARD
     up = x
     if sizes.alone:
 
         def alone(carry):
             y, routed = stage.through(row, stage.own(row), carry[0])
-            return y.astype(x.dtype), group.added(carry[1], routed)
+            return y.astype(x.dtype), see(row, carry[1], y, routed)
 
-        up, stats = stage_lib.when(forward & ~grouped, alone, (up, stats))
+        up, seen = stage_lib.when(forward & ~grouped, alone, (up, seen))
     if sizes.chunks:
 
-        def ahead(carry):
-            up, stats, store = carry
+        def chunk(carry):
+            up, seen, store = carry
             (up, store), counts = _forward(stage, row, sizes, x, (up, store))
-            return up, group.added(stats, counts), store
+            return up, see(row, seen, up, counts), store
 
-        up, stats, store = stage_lib.when(forward & grouped, ahead, (up, stats, store))
-    return up, d, (stats, store)
+        up, seen, store = stage_lib.when(forward & grouped, chunk, (up, seen, store))
+    return up, d, (seen, store)
 
 
 def _act(stage, row, x, d, state, *, sizes):

@@ -146,27 +146,31 @@ class Stage:
 
     def end(self, row, y, acc, _):
         """(what is added up, with the head's part; cotangent of the residual)."""
-        here = self.micro(row["micro"])
         tied = self.spec.tie_embedding
         names = [k for k in ENDS if k in self.rest and (tied or k != "embed_vd")]
         mine = {k: self.rest[k] for k in names}
 
         def loss(mine, y):
-            hidden_btd = streams.end(mine, y, self.spec, self.rules)
-            total, sums = losses.cross_entropy(
-                hidden_btd,
-                decoder.head_vd(self.spec, mine),
-                here["targets_bt"],
-                here["mask_bt"],
-                z_coef=self.config.z_loss,
-                rules=self.rules,
-            )
+            total, sums = self.cross_entropy(row, mine, y)
             return total / self.whole["targets"].astype(total.dtype), sums
 
         (_, sums), (d_mine, d) = jax.value_and_grad(loss, (0, 1), has_aux=True)(mine, y)
         sums = {k: acc["sums"][k] + sums[k] for k in ("nll", "z")}
         rest = acc["rest"] | _sum({k: acc["rest"][k] for k in names}, d_mine)
         return acc | {"rest": rest, "sums": acc["sums"] | sums}, d
+
+    def cross_entropy(self, row, rest, y):
+        """`losses.cross_entropy` of the residual behind the last layer."""
+        here = self.micro(row["micro"])
+        hidden_btd = streams.end(rest, y, self.spec, self.rules)
+        return losses.cross_entropy(
+            hidden_btd,
+            decoder.head_vd(self.spec, rest),
+            here["targets_bt"],
+            here["mask_bt"],
+            z_coef=self.config.z_loss,
+            rules=self.rules,
+        )
 
     def start_back(self, row, dx, acc):
         """What is added up, with the embedding's part."""
