@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import mesh, models
+from qwen_jax.plan import collectives
 from qwen_jax.train import chunkflow, pipeline
 from qwen_jax.train.chunkflow import chunks, gradients
 from qwen_jax.train.pipeline import chunked, rounds
@@ -101,3 +102,24 @@ def test_gradients_of_several_rounds_are_those_of_one_device():
         again = sum(max(0, n - 2) for n in (6, 4, 4))
         assert sums.forwards == len(dealt.packed) + 14 + again
         assert sums.stats["counts_e"].sum() == 2 * 2 * tokens
+
+
+def test_held_out_text_goes_through_stages():
+    """Layers stay where they lie: what goes between stages is the residual alone."""
+    with jax.enable_x64(True):
+        params, spec = models.init(test_chunked.DENSE, 1), test_chunked.DENSE
+        documents = test_chunked.draw([41, 30, 3, 8, 27])
+        settings = gradients.Settings(8, 1)
+        want, _ = chunkflow.run(spec, params, documents, settings)
+        with pipeline.on_stages(2):
+            dealt, _, _ = chunked.lay_out(spec, documents, settings, mesh.Rules())
+            [(_, (*operands, sizes))] = pipeline.ahead(dealt, 2)
+            how = {"spec": spec, "rules": mesh.Rules(), "settings": settings}
+            program = chunked.nll.lower(params, *operands, sizes=sizes, **how)
+            got = chunked.nll(params, *operands, sizes=sizes, **how)
+        np.testing.assert_allclose(got, want.nll, rtol=1e-13)
+        slots = dict(sizes.slots)
+        assert (slots["x"], slots["d"], slots["s"]) == (1, 0, 0)
+        text = program.compile().as_text()
+        found = {one.kind for one in collectives.traffic(text, 2)[0]}
+        assert found <= {"collective-permute", "all-reduce"}
