@@ -97,6 +97,7 @@ def one_f_one_b(
     devices: int,
     forward: Sequence[int] | None = None,
     backward: Sequence[int] | None = None,
+    ahead: int = 1,
 ) -> list[list[Op]]:
     """The operations of each device, one stage each.
 
@@ -105,38 +106,26 @@ def one_f_one_b(
       devices: stages of the pipeline.
       forward: order of forward passes; None as they are given.
       backward: of backward passes; None for `backward_order`.
+      ahead: passes forward before the first one backward, for each stage behind: 2 is
+        eager 1F1B (arXiv 2211.05322). In ticks that devices go through together it
+        waits no longer than 1F1B does without: all go forward in one, backward in the
+        next.
     """
     forward = list(range(len(micros)) if forward is None else forward)
     _check(micros, forward, "forward", 1)
     backward = backward_order(micros, forward) if backward is None else list(backward)
     _check(micros, backward, "backward", -1)
+    place = {i: at for at, i in enumerate(forward)}
     out = []
     for p in range(devices):
         ops, done = [], 0
         for k, i in enumerate(backward):
-            ahead = max(devices - p - 1 + k + 1, forward.index(i) + 1)
-            while done < min(ahead, len(forward)):
+            wanted = max(ahead * (devices - p - 1) + k + 1, place[i] + 1)
+            while done < min(wanted, len(forward)):
                 ops.append(Op(FORWARD_PASS, forward[done]))
                 done += 1
             if not micros[i].stays:
                 ops.append(Op(AGAIN, i))
-            ops.append(Op(BACKWARD_PASS, i))
-        out.append(ops)
-    return out
-
-
-def eager(count: int, devices: int) -> list[list[Op]]:
-    """Eager 1F1B (arXiv 2211.05322): a device that is P - p - 1 stages before the last
-    has twice as many forward passes ahead. In ticks that devices go through together it
-    waits no longer than 1F1B does without: all go forward in one, backward in the next.
-    """
-    out = []
-    for p in range(devices):
-        ahead = min(2 * (devices - p - 1), count)
-        ops = [Op(FORWARD_PASS, i) for i in range(ahead)]
-        for i in range(count):
-            if ahead + i < count:
-                ops.append(Op(FORWARD_PASS, ahead + i))
             ops.append(Op(BACKWARD_PASS, i))
         out.append(ops)
     return out

@@ -273,7 +273,7 @@ def table(count: int, stages: int, parts: int, order: str) -> ticks.Table:
     if order == "1f1b":
         ops = bubbles.one_f_one_b(micros, stages)
     elif order == "eager":
-        ops = bubbles.eager(count, stages)
+        ops = bubbles.one_f_one_b(micros, stages, ahead=2)
         return ticks.table(micros, ops, turns=True)
     else:
         ops = bubbles.interleaved(count, stages, parts)

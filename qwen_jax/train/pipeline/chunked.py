@@ -13,10 +13,13 @@ values of the group's chunks, and their cotangents, in its own layers. Of the la
 again just before it, each stage from what came in.
 
 Source: ChunkFlow, arXiv 2503.02356, section 4.4; the order is `bubbles.one_f_one_b`'s.
-Deviations: chunks of packed documents go first, as in the paper's example. A stage has
-room for keys and values of all groups that are under way in it at once, each as long as
-the longest. What routers count takes a pass of its own, which goes through the same
-ticks and leaves out what is no forward pass.
+Deviations: chunks of packed documents go first, as in the paper's example. Stages go
+through ticks together, so 1F1B makes one that goes forward wait for one that goes
+backward; in eager 1F1B all go forward in one tick and backward in the next, and of both
+orders that is taken which is done first. A stage has room for keys and values of all
+groups that are under way in it at once, each as long as the longest. What routers count
+takes a pass of its own, which goes through the same ticks and leaves out what is no
+forward pass.
 
 Compiled shapes: a program for each number of ticks, micro-batches, chunks of the
 longest document and slots, rounded up as in `chunks.rounded`; when what happens is
@@ -45,6 +48,9 @@ from qwen_jax.train.chunkflow import group, layers
 from qwen_jax.train.pipeline import batches, ticks
 from qwen_jax.train.pipeline import share as share_lib
 from qwen_jax.train.pipeline import stage as stage_lib
+
+# Of an operation's time: a backward pass computes its stretch again.
+COSTS = {bubbles.FORWARD_PASS: 1.0, bubbles.AGAIN: 1.0, bubbles.BACKWARD_PASS: 3.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +98,13 @@ class Sizes:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The ticks of a round: so many chunks by themselves, then groups of so many each;
-    `sizes` are exact."""
+    `sizes` are exact, `seconds` as of `ticks.Table`."""
 
     packed: int
     groups: tuple[int, ...]
     table: ticks.Table
     sizes: Sizes
+    seconds: float
 
     def padded(self, sizes: Sizes) -> tuple[dict[str, np.ndarray], np.int32]:
         """(the table's rows for a program of these sizes, how many of them count)."""
@@ -107,24 +114,39 @@ class Plan:
 
 
 @functools.lru_cache(1024)
-def plan_of(packed: int, groups: tuple[int, ...], live: int, stages: int) -> Plan:
-    """The ticks of these chunks, of which the last `live` of a group stay; none stays,
-    and there are forward passes alone, with live = 0."""
+def plans(
+    packed: int, groups: tuple[int, ...], live: int, stages: int
+) -> tuple[Plan, ...]:
+    """What can be done with these chunks, of which the last `live` of a group stay: the
+    fastest first, by COSTS. Forward passes alone, in one way, with live = 0."""
     micros = bubbles.chunks([[1.0]] * packed + [[1.0] * n for n in groups], live)
     if live:
-        order = bubbles.one_f_one_b(micros, stages)
+        ways = [
+            ticks.table(
+                micros, bubbles.one_f_one_b(micros, stages, ahead=ahead), turns=turns
+            )
+            for ahead, turns in ((2, True), (1, True), (1, False))
+        ]
     else:
         ops = [bubbles.Op(bubbles.FORWARD_PASS, i) for i in range(len(micros))]
-        order = [ops] * stages
-    made = ticks.table(micros, order)
-    sizes = Sizes(
-        max(groups, default=0),
-        packed > 0,
-        tuple(made.slots.items()),
-        len(micros),
-        len(made.rows["kind"]),
-    )
-    return Plan(packed, groups, made, sizes)
+        ways = [ticks.table(micros, [ops] * stages)]
+    made = []
+    for table in ways:
+        slots, count = tuple(table.slots.items()), len(table.rows["kind"])
+        longest = max(groups, default=0)
+        sizes = Sizes(longest, packed > 0, slots, len(micros), count)
+        made.append(Plan(packed, groups, table, sizes, table.seconds(COSTS)))
+    return tuple(sorted(made, key=lambda one: one.seconds))
+
+
+def plan_of(packed: int, groups: tuple[int, ...], live: int, stages: int) -> Plan:
+    """The fastest of those of `plans` that hold least of groups."""
+
+    def held(one):
+        slots = dict(one.sizes.slots)
+        return slots["g"], slots["s"]
+
+    return min(plans(packed, groups, live, stages), key=held)
 
 
 def chunked_value_and_grad(
@@ -344,7 +366,9 @@ def nll(params, batch, rows, count, *, spec, rules, settings, sizes, config=None
 
 def _all_ahead(stage, rows, none, see, sizes, settings):
     """`none` with what `see` gives of each forward pass of a stage."""
-    store = _store(stage, sizes, settings) if sizes.chunks else None
+    store = None
+    if sizes.chunks:  # and no cotangents
+        store = {"chunks": _store(stage, sizes, settings)["chunks"]}
     act = functools.partial(_ahead, sizes=sizes, see=see)
     how = dict(sizes.slots), (none, store), act, stage.whole["ticks"]
     return stage_lib.through(stage, rows, *how)[0]

@@ -4,9 +4,9 @@
 What a pipeline's program holds (slots, see `ticks`) depends on which chunks it is of,
 and no two steps are alike. So programs are made for what a step may well have: one for
 chunks by themselves, and one for groups of up to 2, 3, 4, 6, 8, ... chunks, each with
-the room that a full step of such groups needs, or one of them among other chunks. A
-step whose chunks fit into one program goes through it in one round; else its groups are
-dealt to several, the longest first, and the pipeline empties between rounds.
+the room that a full step of such groups needs, or one of them among other chunks. Of
+a step those chunks go through one together that fit it and are done sooner so than one
+after another, the longest groups first; between rounds the pipeline empties.
 
 Invariants: a group by itself always fits; every chunk is in one round.
 Raises: nothing.
@@ -20,13 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.train import bubbles
 from qwen_jax.train.chunkflow import chunks as chunks_lib
 from qwen_jax.train.chunkflow import gradients as chunk_gradients
 from qwen_jax.train.pipeline import chunked, ticks
-
-# Of an operation's time; a backward pass computes its stretch again.
-COSTS = {bubbles.FORWARD_PASS: 1.0, bubbles.AGAIN: 1.0, bubbles.BACKWARD_PASS: 3.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,55 +73,57 @@ class Programs:
         return chunked.jitted(spec, settings, rules, sizes)
 
     def deal(self, packed: int, groups: Sequence[int]) -> list[Round]:
-        """The rounds of so many chunks by themselves and of groups of so many."""
-        left = sorted(range(len(groups)), key=lambda i: -groups[i])
-        made, first = [], 0
-        while left or first < packed:
-            most = chunks_lib.rounded(groups[left[0]]) if left else 0
-            taken = self._groups(most, [groups[i] for i in left])
-            mine = tuple(left[i] for i in taken)
-            left = [i for i in left if i not in mine]
-            counts = tuple(groups[i] for i in mine)
-            count = packed - first
-            while count and not self._fits(most, count, counts):
-                count //= 2
-            alone = range(first, first + count)
+        """The rounds of so many chunks by themselves and of groups of so many: what
+        goes through the pipeline together does so where that is faster."""
+        order = sorted(range(len(groups)), key=lambda i: -groups[i])
+        made: list[tuple[list[int], int, chunked.Plan]] = []
+        for i in order:
+            alone = self._plan(groups[i], 0, (groups[i],))
+            if made:
+                mine, _, before = made[-1]
+                plan = self._plan(before.sizes.chunks, 0, (*before.groups, groups[i]))
+                if plan and plan.seconds < before.seconds + alone.seconds:
+                    made[-1] = [*mine, i], 0, plan
+                    continue
+            made.append(([i], 0, alone))
+        full = self.sizes[0].micros
+        rest = [min(full, packed - first) for first in range(0, packed, full)]
+        if made and rest:
+            mine, _, before = made[-1]
+            plan = self._plan(before.sizes.chunks, rest[-1], before.groups)
+            if plan and plan.seconds < before.seconds + self._alone(rest[-1]).seconds:
+                made[-1] = mine, rest.pop(), plan
+        made += [([], count, self._alone(count)) for count in rest]
+        rounds, first = [], 0
+        for mine, count, plan in made:
+            program = chunks_lib.rounded(plan.sizes.chunks) if mine else 0
+            some = range(first, first + count)
+            rounds.append(Round(program, some, tuple(mine), plan))
             first += count
-            made.append(Round(most, alone, mine, self._plan(count, counts)))
-        return made
+        return rounds
 
     def stretch(self, packed: int, groups: Sequence[int]) -> float:
         """How long a step's ticks take, over what one stage computes in them."""
         whole = work = 0.0
         for one in self.deal(packed, groups):
             kinds = one.plan.table.rows["kind"]
-            whole += one.plan.table.seconds(COSTS)
+            whole += one.plan.seconds
             work += sum(
                 cost * np.sum(kinds == ticks.KINDS.index(kind))
-                for kind, cost in COSTS.items()
+                for kind, cost in chunked.COSTS.items()
             )
         return whole * self.stages / work
 
-    def _groups(self, program: int, counts: list[int]) -> list[int]:
-        """Numbers of the groups that go through a program together, the first among
-        them."""
-        if not counts or self._fits(program, 0, tuple(counts)):
-            return list(range(len(counts)))
-        taken = [0]
-        for i in range(1, len(counts)):
-            more = [*taken, i]
-            if self._fits(program, 0, tuple(counts[j] for j in more)):
-                taken = more
-        return taken
+    def _alone(self, packed):
+        return self._plan(0, packed, ())
 
-    def _fits(self, program, packed, counts):
-        there = self.sizes[program]
-        if packed + sum(counts) > there.micros:
-            return False  # without a look at its ticks
-        return there.hold(self._plan(packed, counts).sizes)
-
-    def _plan(self, packed, counts):
-        return chunked.plan_of(packed, counts, self.live, self.stages)
+    def _plan(self, longest, packed, groups):
+        """The fastest way that fits the program of so long groups, or None."""
+        there = self.sizes[chunks_lib.rounded(longest) if longest else 0]
+        if packed + sum(groups) > there.micros:
+            return None  # without a look at its ticks
+        ways = chunked.plans(packed, groups, self.live, self.stages)
+        return next((one for one in ways if there.hold(one.sizes)), None)
 
 
 def programs(live: int, stages: int, groups: Sequence[int], chunks: int) -> Programs:

@@ -123,8 +123,8 @@ def _in_turns(ticks) -> dict:
     devices with one stage each."""
     placed, free = {}, {}
     for (kind, i, stage), _ in sorted(ticks.items(), key=lambda one: one[1]):
-        step = 1 if kind == bubbles.FORWARD_PASS else -1
-        before = placed.get((kind, i, stage - step), -1)
+        needs = {bubbles.FORWARD_PASS: stage - 1, bubbles.BACKWARD_PASS: stage + 1}
+        before = placed.get((kind, i, needs.get(kind)), -1)
         tick = max(before + 1, free.get(stage, 0))
         tick += tick % 2 != (kind == bubbles.BACKWARD_PASS)
         placed[kind, i, stage] = tick

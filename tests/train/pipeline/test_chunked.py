@@ -124,7 +124,7 @@ def test_the_order_is_state_aware():
     assert targets == sum(LENGTHS) - len(LENGTHS)
     batch = chunked.arrays(dealt, 16)
     assert batch["tokens_bt"].shape == (16, 1, 8) and not batch["mask_bt"][14:].any()
-    plan = chunked.plan_of(3, (6, 3, 2), 2, 4).table
+    plan = chunked.plans(3, (6, 3, 2), 2, 4)[-1].table
     micros = bubbles.chunks([[1.0]] * 3 + [[1.0] * n for n in (6, 3, 2)], 2)
     assert plan.order() == bubbles.one_f_one_b(micros, 4)
     long = {3: 0, 4: 1, 5: 2, 6: 3, 7: 4, 8: 5}
@@ -143,6 +143,8 @@ def test_the_order_is_state_aware():
     # A ring of two for each group, at most two of which are under way in a stage.
     assert plan.slots["g"] == 2 and 2 <= plan.slots["s"] <= 4
     alone = [chunked.plan_of(0, (n,), 2, 4).table for n in (6, 12)]
+    eager = bubbles.chunks([[1.0] * 12], 2)
+    assert alone[1].order() == bubbles.one_f_one_b(eager, 4, ahead=2)
     assert [one.slots["s"] for one in alone] == [2, 2]
     assert [one.slots["g"] for one in alone] == [1, 1]
 

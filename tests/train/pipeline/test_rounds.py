@@ -51,24 +51,26 @@ def test_any_step_fits(seed):
             assert there.sizes[one.program].hold(one.plan.sizes)
 
 
-def test_a_step_as_it_was_planned_for_takes_one_round():
+def test_what_goes_together_is_done_sooner():
     there = rounds.programs(2, 4, GROUPS, 16)
-    for packed, groups in ((16, []), (4, [12]), (8, [8]), (0, [4] * 4), (1, [12])):
+    for packed, groups in ((16, []), (4, [12]), (8, [8])):
         assert len(there.deal(packed, groups)) == 1, (packed, groups)
+    made = there.deal(3, [4] * 4)
+    alone = [there.deal(0, [4])] * 4 + [there.deal(3, [])]
+    wanted = sum(one.plan.seconds for [one] in alone)
+    assert sum(one.plan.seconds for one in made) < wanted
     assert len(there.deal(0, [12, 12, 12])) > 1
 
 
 def test_waiting_is_told():
-    """1F1B without chunks of a group, in ticks in which a stage goes forward while the
-    next goes backward: each of them takes as long as the longer."""
-    there = rounds.programs(2, 1, GROUPS, 16)
-    assert there.stretch(7, [5, 3]) == 1.0
-    four = rounds.programs(2, 4, GROUPS, 16)
-    few, many = four.stretch(4, []), four.stretch(16, [])
-    assert few == pytest.approx(
-        chunked.plan_of(4, (), 2, 4).table.seconds({"F": 1.0, "B": 3.0}) / 16
-    )
-    assert 1.0 < many < few
+    """Of chunks by themselves that of eager 1F1B, (P - 1) / (M + P - 1); 1F1B, in whose
+    ticks some go forward while others go backward, waits longer."""
+    assert rounds.programs(2, 1, GROUPS, 16).stretch(7, [5, 3]) == 1.0
+    four = rounds.programs(2, 4, GROUPS, 64)
+    for count in (4, 16, 64):
+        assert four.stretch(count, []) == pytest.approx((count + 3) / count)
+    plain = chunked.plans(52, (12,), 2, 4)[-1].seconds
+    assert four.stretch(52, [12]) < 1.15 and plain > 1.5 * (4 * 64 + 10)
 
 
 def test_a_row_of_padding_does_nothing():
