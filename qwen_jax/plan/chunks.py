@@ -27,6 +27,7 @@ Units: bytes and FLOPs of one device. Raises: nothing of its own.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
@@ -148,6 +149,13 @@ def estimate(
     )
 
 
+@functools.lru_cache(1 << 14)
+def _attention(spec: spec_lib.Spec, tokens: float) -> float:
+    """FLOPs a token of scores and what is made of them, in documents of so many."""
+    causal = flops.forward_per_token(spec, tokens, causal=True)
+    return causal - flops.forward_per_token(spec, 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What a device does in one step: FLOPs of products, bytes of weights read and
@@ -180,10 +188,7 @@ def work(
     """
     head = 2 * spec.vocab_size * spec.width
     plain = flops.forward_per_token(spec, 0) - head
-
-    def attention(tokens):
-        return flops.forward_per_token(spec, tokens, causal=True) - head - plain
-
+    attention = functools.partial(_attention, spec)
     again = {"full": 1.0, "none": 0.0}.get(remat, 0.0)
     flat = (3 + again) * plain + (3.5 + again) * attention(length) + 3 * head
     total, passes = packed * flat, packed * (3 + again)

@@ -4,9 +4,8 @@
 What a pipeline's program holds (slots, see `ticks`) depends on which chunks it is of,
 and no two steps are alike. So programs are made for what a step may well have: one for
 chunks by themselves, and one for groups of up to 2, 3, 4, 6, 8, ... chunks, each with
-the room that a full step of such groups needs, or one of them among other chunks. Of
-a step those chunks go through one together that fit it and are done sooner so than one
-after another, the longest groups first; between rounds the pipeline empties.
+the room that a full step of such groups needs, or one of them among other chunks.
+Between rounds the pipeline empties.
 
 Invariants: a group by itself always fits; every chunk is in one round.
 Raises: nothing.
@@ -73,34 +72,47 @@ class Programs:
         return chunked.jitted(spec, settings, rules, sizes)
 
     def deal(self, packed: int, groups: Sequence[int]) -> list[Round]:
-        """The rounds of so many chunks by themselves and of groups of so many: what
-        goes through the pipeline together does so where that is faster."""
+        """The rounds of so many chunks by themselves and of groups of so many.
+
+        A group of more chunks than there are stages fills the pipeline, and another
+        would wait for it; shorter ones go together, as many as fit.
+        """
         order = sorted(range(len(groups)), key=lambda i: -groups[i])
-        made: list[tuple[list[int], int, chunked.Plan]] = []
-        for i in order:
-            alone = self._plan(groups[i], 0, (groups[i],))
-            if made:
-                mine, _, before = made[-1]
-                plan = self._plan(before.sizes.chunks, 0, (*before.groups, groups[i]))
-                if plan and plan.seconds < before.seconds + alone.seconds:
-                    made[-1] = [*mine, i], 0, plan
-                    continue
-            made.append(([i], 0, alone))
+        long = [i for i in order if groups[i] > self.stages]
+        made = [([i], self._plan(0, (groups[i],))) for i in long]
+        made += self._together(order[len(long) :], groups)
         full = self.sizes[0].micros
-        rest = [min(full, packed - first) for first in range(0, packed, full)]
-        if made and rest:
-            mine, _, before = made[-1]
-            plan = self._plan(before.sizes.chunks, rest[-1], before.groups)
-            if plan and plan.seconds < before.seconds + self._alone(rest[-1]).seconds:
-                made[-1] = mine, rest.pop(), plan
-        made += [([], count, self._alone(count)) for count in rest]
+        for first in range(0, packed, full):
+            count = min(full, packed - first)
+            alone = self._plan(count, ())
+            if first + count == packed and made and made[-1][1].packed == 0:
+                mine, before = made[-1]
+                plan = self._plan(count, before.groups)
+                if plan and plan.seconds < before.seconds + alone.seconds:
+                    made[-1] = mine, plan
+                    continue
+            made.append(([], alone))
         rounds, first = [], 0
-        for mine, count, plan in made:
-            program = chunks_lib.rounded(plan.sizes.chunks) if mine else 0
-            some = range(first, first + count)
-            rounds.append(Round(program, some, tuple(mine), plan))
-            first += count
+        for mine, plan in made:
+            some = range(first, first + plan.packed)
+            rounds.append(Round(self._program(plan.groups), some, tuple(mine), plan))
+            first += plan.packed
         return rounds
+
+    def _together(self, mine, groups):
+        """(numbers of groups, plan) of rounds of several, in halves where all of them
+        do not fit."""
+        if not mine:
+            return []
+        plan = self._plan(0, tuple(groups[i] for i in mine))
+        if len(mine) == 1:
+            return [(mine, plan)]
+        half = len(mine) // 2
+        halves = mine[:half], mine[half:]
+        apart = [one for part in halves for one in self._together(part, groups)]
+        if plan and plan.seconds <= sum(one.seconds for _, one in apart):
+            return [(mine, plan)]
+        return apart
 
     def stretch(self, packed: int, groups: Sequence[int]) -> float:
         """How long a step's ticks take, over what one stage computes in them."""
@@ -114,12 +126,12 @@ class Programs:
             )
         return whole * self.stages / work
 
-    def _alone(self, packed):
-        return self._plan(0, packed, ())
+    def _program(self, groups):
+        return chunks_lib.rounded(max(groups)) if groups else 0
 
-    def _plan(self, longest, packed, groups):
-        """The fastest way that fits the program of so long groups, or None."""
-        there = self.sizes[chunks_lib.rounded(longest) if longest else 0]
+    def _plan(self, packed, groups):
+        """The fastest way that fits the program of such groups, or None."""
+        there = self.sizes[self._program(groups)]
         if packed + sum(groups) > there.micros:
             return None  # without a look at its ticks
         ways = chunked.plans(packed, groups, self.live, self.stages)
@@ -136,14 +148,20 @@ def programs(live: int, stages: int, groups: Sequence[int], chunks: int) -> Prog
       chunks: of a step whose rows are full.
     """
 
-    def room(cases):
+    def sizes(n, cases):
         every = [chunked.plan_of(*one, live, stages).sizes for one in cases]
+        micros = chunks + n
+        # A chunk of a group goes forward, and again, each followed by a turn backward.
+        ticks = 4 * (micros + 2 * stages)
+        every.append(dataclasses.replace(every[0], micros=micros, ticks=ticks))
         return chunked.Sizes.of_all(every)
 
-    sizes = {0: room([(1, ()), (chunks, ())])}
+    # Slots are those of what is under way at once: more of the same needs no more.
+    some = min(chunks, 4 * stages)
+    made = {0: sizes(0, [(some, ())])}
     for n in groups:
-        many = max(chunks // n, 1)
-        beside = max(chunks - n * many, 1)
-        cases = [(0, (n,)), (max(chunks - n, 1), (n,)), (beside, (n,) * many)]
-        sizes[n] = room(cases)
-    return Programs(live, stages, sizes)
+        cases = [(0, (n,)), (some, (n,))]
+        if n <= stages:
+            cases.append((some, (n,) * max(min(chunks, some) // n, 1)))
+        made[n] = sizes(n, cases)
+    return Programs(live, stages, made)

@@ -21,6 +21,7 @@ Raises: RuntimeError, as `bubbles.simulate`, for an order that waits for itself.
 """
 
 import dataclasses
+import heapq
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -170,15 +171,21 @@ def _groups(micros, ticks, devices) -> Iterable:
 def _placed(spans: Iterable, devices: int) -> tuple[list, int]:
     """((device, first, ticks, slot) of each span, slots): a slot is taken again by what
     comes at the end of the tick that used it last, or later."""
-    placed, most, spans = [], 0, sorted(spans)
-    for p in range(devices):
-        free_from: list[int] = []
-        for _, first, used in (one for one in spans if one[0] == p):
-            free = [slot for slot, until in enumerate(free_from) if until <= first]
-            slot = free[0] if free else len(free_from)
+    placed, most = [], 0
+    of: list[list] = [[] for _ in range(devices)]
+    for p, first, used in sorted(spans):
+        of[p].append((first, used))
+    for p, mine in enumerate(of):
+        free: list[int] = []
+        taken: list[tuple[int, int]] = []  # (until when, slot)
+        count = 0
+        for first, used in mine:
+            while taken and taken[0][0] <= first:
+                heapq.heappush(free, heapq.heappop(taken)[1])
             if not free:
-                free_from.append(0)
-            free_from[slot] = max(used)
+                free, count = [count], count + 1
+            slot = heapq.heappop(free)
+            heapq.heappush(taken, (max(used), slot))
             placed.append((p, first, used, slot))
-        most = max(most, len(free_from))
+        most = max(most, count)
     return placed, most
