@@ -164,7 +164,6 @@ def test_float32_sums_over_axes_that_the_rows_do_not_lie_on(refused, workdir, da
     "more, told",
     [
         ("train.stage_parts=2", "2 layers on 2 stages x 2 parts: wanted a multiple"),
-        ("train.chunk_tokens=16", "train.chunk_tokens=16 and mesh.stage=2: runs go"),
         ("mesh.expert=2", "mesh.fsdp=2 and mesh.expert=2: one of them at a time"),
         ("model.reduce_dtype=float32", "mesh.stage=2 and model.reduce_dtype=float32"),
         ("model.mtp_layers=1", "layers for further tokens, which no stage has; set"),

@@ -136,15 +136,18 @@ def test_what_travels(way):
     each = ROWS * TOKENS // ways * 4  # bytes of one number a token
     keys = KV_HEADS * WIDTH * each
     if way == "ring":
-        # Keys, values and segments three times in each pass, of which the first is sent
-        # once for both here: a CPU drops barriers. Both gradients four times.
+        # Keys, values and segments three times in each pass, of which JAX 0.10 sends
+        # the first once for both on a CPU, where it drops barriers. Both gradients four
+        # times.
         assert set(found) == {"collective-permute"}
         trips = ways - 1
-        want = (2 * trips - 1) * (2 * keys + each) + (trips + 1) * 2 * keys
-        assert found["collective-permute"].bytes == want
+        each_pass, back = 2 * keys + each, (trips + 1) * 2 * keys
+        sent = found["collective-permute"].bytes - back
+        assert sent in ((2 * trips - 1) * each_pass, 2 * trips * each_pass)
     else:
         assert set(found) == {"all-gather", "reduce-scatter"}
-        assert found["all-gather"].bytes == (ways - 1) * (2 * keys + each)
+        once = (ways - 1) * (2 * keys + each)
+        assert found["all-gather"].bytes in (once, 2 * once)
         assert found["reduce-scatter"].bytes == (ways - 1) * 2 * keys
 
 

@@ -167,7 +167,7 @@ def on_each(
     each, every = jax.P(None, "stage"), jax.P()
     grads, counts, sums = mesh.staged(
         one, inputs=INPUTS, out=((each, every), each, every)
-    )(*_cut(spec, params, rules, parts), batch, rows, whole)
+    )(*_operands(spec, params, rules, parts, batch, rows), whole)
     grads = {"layers": share_lib.joined(grads[0])} | grads[1]
     zeros = jax.tree.map(jnp.zeros_like, params)
     grads = {name: grads.get(name, zeros[name]) for name in params}
@@ -187,7 +187,7 @@ def seen_by_each(
         return run(*of_stage(*operands))
 
     fn = mesh.staged(one, inputs=INPUTS, out=out)
-    return fn(*_cut(spec, params, rules, 1), batch, rows, whole)
+    return fn(*_operands(spec, params, rules, 1, batch, rows), whole)
 
 
 # Of weights of layers and the rest, the batch, rows of a table, and `Stage.whole`.
@@ -196,7 +196,6 @@ INPUTS = (jax.P(None, "stage"), jax.P(), jax.P(), jax.P(None, "stage"), jax.P())
 
 def _stage_of(spec, share, rules, config):
     """Makes (the stage, its rows) of what one device is given."""
-    _check_axes(spec, rules)
     rules = dataclasses.replace(rules, layers=None)  # which the cut has laid out
 
     def stage(layers, rest, batch, rows, whole):
@@ -207,12 +206,21 @@ def _stage_of(spec, share, rules, config):
     return stage
 
 
-def _cut(spec, params, rules, parts):
-    """(weights of each stage's stretches, the rest)."""
-    rules = dataclasses.replace(rules, layers=None)
-    laid = share_lib.laid(spec, params, rules)
+def _operands(spec, params, rules, parts, batch, rows):
+    """(weights of each stage's stretches, the rest, the batch, each device's column of
+    the table), each where it belongs."""
+    _check_axes(spec, rules)
+    laid = share_lib.laid(spec, params, dataclasses.replace(rules, layers=None))
     layers = share_lib.cut(laid["layers"], mesh.axis_size("stage"), parts)
-    return layers, {name: w for name, w in laid.items() if name in stage_lib.ENDS}
+    rest = {name: w for name, w in laid.items() if name in stage_lib.ENDS}
+    batch, rows = (
+        jax.tree.map(lambda x, lies=lies: mesh.reshard(jnp.asarray(x), lies), part)
+        for part, lies in (
+            (batch, rules.pspec(None, "batch", None)),
+            (rows, jax.P(None, "stage")),
+        )
+    )
+    return layers, rest, batch, rows
 
 
 def _check_axes(spec, rules):

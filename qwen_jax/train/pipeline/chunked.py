@@ -302,7 +302,7 @@ def summed(
     params, acc, batch, rows, count, targets, d_stats, *, spec, rules, settings, sizes
 ) -> group.Sums:
     """`acc` (donated) with the gradients of the micro-batches in `count` ticks."""
-    spec, share, config, batch = _made(spec, rules, settings, batch)
+    share, config = _made(spec, settings)
     whole = {"targets": targets, "ticks": count, "d_stats": d_stats}
 
     def run(stage, rows):
@@ -328,7 +328,7 @@ def summed(
 @functools.partial(jax.jit, static_argnames=STATIC)
 def counted(params, stats, batch, rows, count, *, spec, rules, settings, sizes):
     """What routers count (`group.no_stats`), with that of the micro-batches."""
-    spec, share, config, batch = _made(spec, rules, settings, batch)
+    share, config = _made(spec, settings)
 
     def run(stage, rows):
         def see(row, seen, y, routed):
@@ -346,7 +346,7 @@ def counted(params, stats, batch, rows, count, *, spec, rules, settings, sizes):
 @functools.partial(jax.jit, static_argnames=(*STATIC, "config"))
 def nll(params, batch, rows, count, *, spec, rules, settings, sizes, config=None):
     """The sum of -ln p over the targets of the micro-batches; config: of whole rows."""
-    spec, share, chunked, batch = _made(spec, rules, settings, batch)
+    share, chunked = _made(spec, settings)
 
     def run(stage, rows):
         def see(row, seen, y, routed):
@@ -374,12 +374,10 @@ def _all_ahead(stage, rows, none, see, sizes, settings):
     return stage_lib.through(stage, rows, *how)[0]
 
 
-def _made(spec, rules, settings, batch):
-    """(the model, that of a stretch, how stages compute, the batch as it lies)."""
+def _made(spec, settings):
+    """(the model of a stretch, how stages compute)."""
     share = share_lib.share_of(spec, mesh.axis_size("stage"), 1)
-    config = step.StepConfig(settings.z_coef, remat=settings.remat)
-    lies = rules.pspec(None, "batch", None)
-    return spec, share, config, {k: mesh.reshard(x, lies) for k, x in batch.items()}
+    return share, step.StepConfig(settings.z_coef, remat=settings.remat)
 
 
 def _ahead(stage, row, x, d, state, *, sizes, see):
