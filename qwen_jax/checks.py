@@ -45,10 +45,11 @@ def chunk_memory(setup: prepare.Setup) -> None:
         f"rows of {longest} tokens in chunks of {train.chunk_tokens}, of which "
         f"{train.live_chunks} wait, need about {held.total / gib:.2f} GiB of a device: "
         f"keys, values and their cotangents {(held.keys + held.key_grads) / gib:.2f}, "
-        f"what waits {held.waiting / gib:.2f}, weights, gradients and optimizer "
-        f"{held.fixed / gib:.2f}; {there / gib:.2f} GiB are to be used. `qwen-jax plan "
-        "chunk` finds chunks that fit; keys shrink with --config.mesh.tensor and a "
-        "smaller --config.data.seq_tokens, weights with --config.mesh.fsdp"
+        f"what waits {held.waiting / gib:.2f}, weights, gradients, optimizer and what "
+        f"stages hand on {held.fixed / gib:.2f}; {there / gib:.2f} GiB are to be used. "
+        "`qwen-jax plan chunk` finds chunks that fit; keys shrink with "
+        "--config.mesh.tensor, --config.mesh.stage and a smaller "
+        "--config.data.seq_tokens, weights with --config.mesh.fsdp"
     )
 
 

@@ -4,12 +4,12 @@
 It goes through the model as training does, and needs no more memory: in whole rows, in
 chunks, or in either through the stages of a pipeline, whose layers stay where they lie.
 
-Shapes: as of `prepare.Placer` and `prepare.ChunkPlacer`; where text goes through stages
-or in chunks, all of it is one batch, so that few chunks are not full and stages wait
-once.
+Shapes: as of `prepare.Placer` and `prepare.ChunkPlacer`; in chunks all of it is laid
+out at once, so that few are not full; through stages many rows or chunks go at a time.
 Raises: config.InputError as `corpus.heldout`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from qwen_jax import prepare
-from qwen_jax.data import corpus, source, tokenizer
+from qwen_jax.data import corpus, packing, source, tokenizer
 from qwen_jax.eval import perplexity
 from qwen_jax.train import chunkflow, pipeline
-from qwen_jax.train.chunkflow import chunks as chunks_lib
 from qwen_jax.train.chunkflow import step as chunk_step
 
 
@@ -47,16 +46,23 @@ def opened(
     of, config = (exp.model, exp.rules), setup.step_config
     if stages == 1 and setup.chunks is None:
         return [place(one) for one in batches], perplexity.make(*of, config)
-    every = {k: np.concatenate([one[k] for one in batches]) for k in batches[0]}
     if setup.chunks is None:
-        laid = prepare.placer(*rows, micro * len(batches), len(batches))(every)
-        return [laid], pipeline.scorer(*of, config)
+        blocks = (
+            batches[first : first + pipeline.FORWARD_CHUNKS]
+            for first in range(0, len(batches), pipeline.FORWARD_CHUNKS)
+        )
+        laid = [
+            prepare.placer(*rows, micro * len(some), len(some))(_joined(some))
+            for some in blocks
+        ]
+        return laid, pipeline.scorer(*of, config)
     parts_of, sums = chunkflow.parts_of, chunk_step.scorer(*of)
     if stages > 1:
-
-        def parts_of(dealt: chunks_lib.Dealt) -> list:
-            return pipeline.ahead(dealt, stages)
-
+        parts_of = functools.partial(pipeline.forward_parts, stages=stages)
         sums = pipeline.chunk_scorer(*of, setup.chunks)
     how = vocabulary.token_bytes, "heldout", parts_of
-    return [prepare.chunk_placer(setup, *how)(every)], sums
+    return [prepare.chunk_placer(setup, *how)(_joined(batches))], sums
+
+
+def _joined(batches: Sequence[packing.Rows]) -> packing.Rows:
+    return {k: np.concatenate([one[k] for one in batches]) for k in batches[0]}

@@ -246,7 +246,7 @@ def candidate(exp: Any, setup: prepare.Setup, batches, rates: Rates) -> Candidat
     ways = setup.batch.micro_rows
     setup = dataclasses.replace(setup, exp=exp)
     held, rounds = prepare.chunk_memory(setup), setup.rounds
-    works, places, real, stretch = [], 0, 0, 1.0
+    works, places, real, share = [], 0, 0, 1.0
     for batch in batches:
         plan = chunks.build(batch, c)
         short = [n for n in batch if n <= c]
@@ -265,14 +265,14 @@ def candidate(exp: Any, setup: prepare.Setup, batches, rates: Rates) -> Candidat
                 weight_bytes=held.weights,
             )
         )
-        if rounds is not None and len(works) == 1:  # which takes longest to tell
-            stretch = rounds.stretch(packed, groups) / rounds.stages
+        if rounds is not None and len(works) == 1:  # each takes a second to deal
+            share = rounds.stretch(packed, groups) / rounds.stages
         places += (packed + sum(groups)) * ways * c
         real += sum(batch)
     mean = np.mean([dataclasses.astuple(one) for one in works], axis=0)
     # Products are split between the devices that split heads, and between stages, which
     # wait for each other.
-    flops = mean[0] * stretch
+    flops = mean[0] * share
     flops /= memory.ways(exp.rules.heads, dict(setup.device_mesh.shape))
     work = costs.Work(float(flops), float(mean[1]), float(mean[2]))
     return Candidate(

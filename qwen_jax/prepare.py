@@ -258,8 +258,12 @@ def _check_stages(exp: experiment.Experiment, sizes: dict[str, int]) -> None:
             f"mesh.stage={stages} and rules.layers={layers!r}: each stage has its own "
             "layers; set --config.rules.layers=stage, or --config.mesh.stage=1"
         )
-    if train.chunk_tokens:
-        _check_staged_chunks(exp)
+    if train.chunk_tokens and train.stage_parts > 1:
+        raise config.InputError(
+            f"train.stage_parts={train.stage_parts} with chunks, which go through one "
+            "stretch of layers a stage; set --config.train.stage_parts=1 or "
+            "--config.train.chunk_tokens=0"
+        )
     if spec.mtp_layers or spec.vision is not None:
         what = "a tower for images" if spec.vision else "layers for further tokens"
         raise config.InputError(
@@ -280,17 +284,6 @@ def _check_stages(exp: experiment.Experiment, sizes: dict[str, int]) -> None:
             "--config.mesh.fsdp=1 or --config.mesh.expert=1"
         )
     pipeline.share_of(spec, stages, train.stage_parts)
-
-
-def _check_staged_chunks(exp: experiment.Experiment) -> None:
-    """Refuse what chunks do not do on stages."""
-    train = exp.train
-    if train.stage_parts > 1:
-        raise config.InputError(
-            f"train.stage_parts={train.stage_parts} with chunks, which go through one "
-            "stretch of layers a stage; set --config.train.stage_parts=1 or "
-            "--config.train.chunk_tokens=0"
-        )
 
 
 def _stage_lines(exp: experiment.Experiment, stages: int, batch: Any) -> tuple:

@@ -164,6 +164,10 @@ def test_float32_sums_over_axes_that_the_rows_do_not_lie_on(refused, workdir, da
     "more, told",
     [
         ("train.stage_parts=2", "2 layers on 2 stages x 2 parts: wanted a multiple"),
+        (
+            "train.chunk_tokens=16 --config.train.stage_parts=2",
+            "train.stage_parts=2 with chunks",
+        ),
         ("mesh.expert=2", "mesh.fsdp=2 and mesh.expert=2: one of them at a time"),
         ("model.reduce_dtype=float32", "mesh.stage=2 and model.reduce_dtype=float32"),
         ("model.mtp_layers=1", "layers for further tokens, which no stage has; set"),
@@ -171,7 +175,8 @@ def test_float32_sums_over_axes_that_the_rows_do_not_lie_on(refused, workdir, da
 )
 def test_what_no_stage_takes(refused, workdir, data, more, told):
     staged = ["--config.mesh.stage=2", "--config.rules.layers=stage"]
-    staged += ["--config.mesh.fsdp=2", f"--config.{more}", "--config.export=false"]
+    staged += ["--config.mesh.fsdp=2", "--config.export=false"]
+    staged += f"--config.{more}".split()
     assert told in refused(*runs.words(workdir, data, *staged, arg="adamw"))
 
 

@@ -7,8 +7,8 @@ End-of-document targets cost bits and stand for no bytes, and the first token of
 document is predicted too, so the number is that of a compressor of the whole text and
 can stand beside gzip's, which depends on no tokenizer either.
 
-Shapes: batches as in training, [1, rows, t]; sums are float32 a batch, added on the
-host in float64.
+Shapes: batches as in training, [1, rows, t], or what another `sums` takes (`heldout`);
+sums are float32 a batch, added on the host in float64.
 """
 
 import dataclasses

@@ -128,9 +128,9 @@ def estimate(
     pair = SCORES * max(size, 4) * spec.num_heads // heads
     own = carried.block_for(chunk_tokens)
     deep = chunks > 1
-    # A pipeline has one of each more, for what nobody reads.
-    many = {"x": -1, "d": -1, "g": 0} if slots is None else slots
-    held_groups = deep * (many["g"] + 1)
+    # A pipeline has one more, but of groups, for what nobody reads.
+    many = {"x": -1, "d": -1, "g": 1} if slots is None else slots
+    held_groups = deep * many["g"]
     waiting = min(live_chunks, chunks) if slots is None else slots["s"] + 1
     return Estimate(
         weights=flat.weights,

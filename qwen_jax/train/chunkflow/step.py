@@ -6,8 +6,8 @@
 as `train.step` makes it of whole rows: the pieces of a batch's rows (a document, or a
 part of one that is longer than a row) are cut and packed anew, in chunks of C tokens.
 Every program is compiled before the first step: that of standalone chunks, those of
-groups of 2, 3, 4, 6, 8, ... chunks up to the longest row, that of the update; a step
-that would need another fails.
+groups of 2, 3, 4, 6, 8, ... chunks up to the longest row (on stages those of
+`train.pipeline.rounds`), that of the update; a step that would need another fails.
 
 Shapes: rows as of `data.packing`; a process lays out those that it holds.
 Metrics: those of `train.step`, forwards (passes of a batch of chunks through all
@@ -191,7 +191,7 @@ def scorer(spec: spec_lib.Spec, rules: mesh.Rules) -> Callable[..., dict]:
         del bytes_v  # counted where the chunks were laid out
         made = []
         for name, operands in work.parts:
-            fn = nll["packed" if name == "packed" else "group"]
+            fn = nll[name.partition("/")[0]]
             made.append(fn(params, *operands, **how))
         total = sum(map(float, jax.device_get(made)))
         return {"nll": total, "targets": work.targets, "bytes": work.bytes}

@@ -8,17 +8,19 @@ from qwen_jax.train.pipeline.batches import (
     value_and_grad,
 )
 from qwen_jax.train.pipeline.chunked import (
-    ahead,
+    FORWARD_CHUNKS,
     chunk_scorer,
     chunked_value_and_grad,
+    forward_parts,
     scorer,
 )
 from qwen_jax.train.pipeline.share import share_of
 
 __all__ = [
-    "ahead",
+    "FORWARD_CHUNKS",
     "chunk_scorer",
     "chunked_value_and_grad",
+    "forward_parts",
     "gradients",
     "on_stages",
     "scorer",

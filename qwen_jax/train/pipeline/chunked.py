@@ -15,11 +15,12 @@ again just before it, each stage from what came in.
 Source: ChunkFlow, arXiv 2503.02356, section 4.4; the order is `bubbles.one_f_one_b`'s.
 Deviations: chunks of packed documents go first, as in the paper's example. Stages go
 through ticks together, so 1F1B makes one that goes forward wait for one that goes
-backward; in eager 1F1B all go forward in one tick and backward in the next, and of both
-orders that is taken which is done first. A stage has room for keys and values of all
-groups that are under way in it at once, each as long as the longest. What routers count
-takes a pass of its own, which goes through the same ticks and leaves out what is no
-forward pass.
+backward; in eager 1F1B all go forward in one tick and backward in the next (see `plans`
+for which is taken). A stage has room for keys and values of all groups that are under
+way in it at once, each as long as the longest. What routers count takes a pass of its
+own, which goes through the same ticks and leaves out what is no forward pass. Held-out
+text takes tables of forward passes alone, and whole rows do, too: to them a row is a
+chunk by itself.
 
 Compiled shapes: a program for each number of ticks, micro-batches, chunks of the
 longest document and slots, rounded up as in `chunks.rounded`; when what happens is
@@ -49,6 +50,8 @@ from qwen_jax.train.pipeline import batches, ticks
 from qwen_jax.train.pipeline import share as share_lib
 from qwen_jax.train.pipeline import stage as stage_lib
 
+# At a time, where no gradient is wanted: stages hardly wait, and float32 adds up well.
+FORWARD_CHUNKS = 64
 # Of an operation's time: a backward pass computes its stretch again.
 COSTS = {bubbles.FORWARD_PASS: 1.0, bubbles.AGAIN: 1.0, bubbles.BACKWARD_PASS: 3.0}
 
@@ -108,12 +111,13 @@ class Plan:
 
     def padded(self, sizes: Sizes) -> tuple[dict[str, np.ndarray], np.int32]:
         """(the table's rows for a program of these sizes, how many of them count)."""
-        rows, ticks = self.table.rows, self.sizes.ticks
-        more = ((0, sizes.ticks - ticks), (0, 0))
-        return {k: np.pad(x, more) for k, x in rows.items()}, np.int32(ticks)
+        count = self.sizes.ticks
+        more = ((0, sizes.ticks - count), (0, 0))
+        rows = {k: np.pad(x, more) for k, x in self.table.rows.items()}
+        return rows, np.int32(count)
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(128)  # a table each of three ways: what comes again is small
 def plans(
     packed: int, groups: tuple[int, ...], live: int, stages: int
 ) -> tuple[Plan, ...]:
@@ -140,7 +144,8 @@ def plans(
 
 
 def plan_of(packed: int, groups: tuple[int, ...], live: int, stages: int) -> Plan:
-    """The fastest of those of `plans` that hold least of groups."""
+    """Of those of `plans` that hold keys of the fewest groups at once, and of these the
+    fewest chunks that wait, the fastest."""
 
     def held(one):
         slots = dict(one.sizes.slots)
@@ -186,12 +191,30 @@ def chunked_value_and_grad(
     return sums.nll / targets, sums.grads
 
 
-def ahead(dealt: chunks_lib.Dealt, stages: int) -> list[chunk_gradients.Part]:
-    """The chunks as one part of forward passes alone, which `chunk_scorer` takes."""
-    counts = tuple(count for _, count in dealt.groups)
-    plan = plan_of(len(dealt.packed), counts, 0, stages)
-    sizes = Sizes.of_all([plan.sizes])
-    return [("ahead", (arrays(dealt, sizes.micros), *plan.padded(sizes), sizes))]
+def forward_parts(dealt: chunks_lib.Dealt, stages: int) -> list[chunk_gradients.Part]:
+    """The chunks in parts of forward passes alone, which `chunk_scorer` takes."""
+    parts = []
+    for some in _blocks(dealt):
+        counts = tuple(count for _, count in some.groups)
+        plan = plan_of(len(some.packed), counts, 0, stages)
+        sizes = Sizes.of_all([plan.sizes])
+        operands = arrays(some, sizes.micros), *plan.padded(sizes), sizes
+        parts.append(("forward", operands))
+    return parts
+
+
+def _blocks(dealt):
+    """The chunks in blocks of FORWARD_CHUNKS or, of a long group, more."""
+    blocks, count = [], FORWARD_CHUNKS
+    units = [("packed", 1, one) for one in dealt.packed]
+    units += [("groups", one[1], one) for one in dealt.groups]
+    for kind, chunks, one in units:
+        if count >= FORWARD_CHUNKS:
+            blocks.append(chunks_lib.Dealt([], []))
+            count = 0
+        getattr(blocks[-1], kind).append(one)
+        count += chunks
+    return blocks
 
 
 def chunk_scorer(
@@ -256,7 +279,7 @@ def jitted(
             quiet = dataclasses.replace(spec, moe=routers)
         each["d_stats"] = functools.partial(chunk_gradients.d_stats, quiet)
     for name, one in sizes.items():
-        each[name] = functools.partial(summed, **how, sizes=one)
+        each[name] = functools.partial(round_gradients, **how, sizes=one)
         if spec.moe is not None:
             fn = functools.partial(counted, **how, sizes=one)
             each[chunk_gradients.STATS + name] = fn
@@ -298,7 +321,7 @@ STATIC = ("spec", "rules", "settings", "sizes")
 
 
 @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="acc")
-def summed(
+def round_gradients(
     params, acc, batch, rows, count, targets, d_stats, *, spec, rules, settings, sizes
 ) -> group.Sums:
     """`acc` (donated) with the gradients of the micro-batches in `count` ticks."""
@@ -437,7 +460,8 @@ def _store(stage, sizes, settings):
     slots, (b, t) = dict(sizes.slots), stage.batch["tokens_bt"].shape[1:]
     store, d_held = group.fresh(
         *(stage.share, sizes.chunks, b, t, slots["s"] + 1),
-        *(settings.kv_grad_dtype or None, stage.rules, slots["g"] + 1),
+        # An operation that is of no group does not look at their keys.
+        *(settings.kv_grad_dtype or None, stage.rules, slots["g"]),
     )
     d_states = jax.tree.map(lambda x: jnp.zeros_like(x[0]), store.states)
     return {"chunks": store, "d_held": d_held, "d_states": d_states}

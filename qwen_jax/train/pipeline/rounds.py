@@ -82,10 +82,10 @@ class Programs:
         made = [([i], self._plan(0, (groups[i],))) for i in long]
         made += self._together(order[len(long) :], groups)
         full = self.sizes[0].micros
-        for first in range(0, packed, full):
-            count = min(full, packed - first)
+        counts = [packed % full] * bool(packed % full) + [full] * (packed // full)
+        for n, count in enumerate(counts):
             alone = self._plan(count, ())
-            if first + count == packed and made and made[-1][1].packed == 0:
+            if made and n == 0:  # with the last groups, where that is sooner
                 mine, before = made[-1]
                 plan = self._plan(count, before.groups)
                 if plan and plan.seconds < before.seconds + alone.seconds:
@@ -100,19 +100,23 @@ class Programs:
         return rounds
 
     def _together(self, mine, groups):
-        """(numbers of groups, plan) of rounds of several, in halves where all of them
-        do not fit."""
-        if not mine:
-            return []
-        plan = self._plan(0, tuple(groups[i] for i in mine))
-        if len(mine) == 1:
-            return [(mine, plan)]
-        half = len(mine) // 2
-        halves = mine[:half], mine[half:]
-        apart = [one for part in halves for one in self._together(part, groups)]
-        if plan and plan.seconds <= sum(one.seconds for _, one in apart):
-            return [(mine, plan)]
-        return apart
+        """(numbers of groups, plan) of rounds of several: of all that are left, a half,
+        a quarter of them, ... as many as are done in the least time a chunk."""
+        made = []
+        while mine:
+            best, count = None, len(mine)
+            while count:
+                counts = tuple(groups[i] for i in mine[:count])
+                if plan := self._plan(0, counts):
+                    each = plan.seconds / sum(counts)
+                    if best and each >= best[0]:
+                        break
+                    best = each, count, plan
+                count //= 2
+            _, count, plan = best
+            made.append((mine[:count], plan))
+            mine = mine[count:]
+        return made
 
     def stretch(self, packed: int, groups: Sequence[int]) -> float:
         """How long a step's ticks take, over what one stage computes in them."""
@@ -148,20 +152,22 @@ def programs(live: int, stages: int, groups: Sequence[int], chunks: int) -> Prog
       chunks: of a step whose rows are full.
     """
 
-    def sizes(n, cases):
-        every = [chunked.plan_of(*one, live, stages).sizes for one in cases]
-        micros = chunks + n
+    def sizes(n, plans):
+        every = [one.sizes for one in plans]
+        micros = chunks + max(n, stages)
         # A chunk of a group goes forward, and again, each followed by a turn backward.
         ticks = 4 * (micros + 2 * stages)
         every.append(dataclasses.replace(every[0], micros=micros, ticks=ticks))
         return chunked.Sizes.of_all(every)
 
     # Slots are those of what is under way at once: more of the same needs no more.
-    some = min(chunks, 4 * stages)
-    made = {0: sizes(0, [(some, ())])}
+    some = 4 * stages
+    made = {0: sizes(0, [chunked.plan_of(some, (), live, stages)])}
     for n in groups:
-        cases = [(0, (n,)), (some, (n,))]
-        if n <= stages:
-            cases.append((some, (n,) * max(min(chunks, some) // n, 1)))
+        cases = [chunked.plan_of(p, (n,), live, stages) for p in (0, some)]
+        if n <= stages:  # which go together, whatever that takes: they are short
+            several = [n - i % (n - 1) for i in range(max(some // n, 2))]
+            for some_groups in ((n,) * len(several), tuple(sorted(several)[::-1])):
+                cases.append(chunked.plans(some, some_groups, live, stages)[0])
         made[n] = sizes(n, cases)
     return Programs(live, stages, made)

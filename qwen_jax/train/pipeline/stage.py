@@ -65,8 +65,8 @@ def through(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-    """What a stage has: the model and that of a stretch, weights, the batch, and what
-    losses are divided by."""
+    """What a stage has: the model and that of a stretch, weights, the batch, and of the
+    whole step what losses are divided by (of chunks also `ticks` and `d_stats`)."""
 
     spec: spec_lib.Spec
     share: spec_lib.Spec

@@ -115,7 +115,7 @@ def test_held_out_text_goes_through_stages():
         want, _ = chunkflow.run(spec, params, documents, settings)
         with pipeline.on_stages(2):
             dealt, _, _ = chunked.lay_out(spec, documents, settings, mesh.Rules())
-            [(_, (*operands, sizes))] = pipeline.ahead(dealt, 2)
+            [(_, (*operands, sizes))] = pipeline.forward_parts(dealt, 2)
             how = {"spec": spec, "rules": mesh.Rules(), "settings": settings}
             program = chunked.nll.lower(params, *operands, sizes=sizes, **how)
             got = chunked.nll(params, *operands, sizes=sizes, **how)
