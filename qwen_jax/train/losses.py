@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax import mesh
+from qwen_jax.models import decoder
+from qwen_jax.models import spec as spec_lib
 
 CHUNK_BYTES = 32 << 20
 
@@ -187,3 +189,23 @@ def _run(x, w, targets, mask, z_coef, chunk, vocab_axes, *, grad: bool) -> Any:
     (sums, dw), dxs = jax.lax.scan(body, init, jnp.arange(steps))
     dx = jnp.moveaxis(dxs, 0, 1).reshape(b, steps * chunk, d)[:, :t]
     return tuple(sums), (dx, dw.astype(w.dtype))
+
+
+def of_rows(
+    spec: spec_lib.Spec,
+    params: Any,
+    hidden_btd: jax.Array,
+    rows: dict[str, jax.Array],
+    *,
+    z_coef: float,
+    rules: mesh.Rules,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`cross_entropy` of the targets of rows (or chunks), by the head of the model."""
+    return cross_entropy(
+        hidden_btd,
+        decoder.head_vd(spec, params),
+        rows["targets_bt"],
+        rows["mask_bt"],
+        z_coef=z_coef,
+        rules=rules,
+    )

@@ -85,13 +85,8 @@ def loss_fn(
         loop=config.loop,
         remat=config.remat,
     )
-    total, parts = losses.cross_entropy(
-        hidden_btd,
-        decoder.head_vd(spec, params),
-        batch["targets_bt"],
-        batch["mask_bt"],
-        z_coef=config.z_loss,
-        rules=rules,
+    total, parts = losses.of_rows(
+        spec, params, hidden_btd, batch, z_coef=config.z_loss, rules=rules
     )
     loss = total / whole["targets"]
     if config.depths(spec):

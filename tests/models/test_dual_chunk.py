@@ -226,14 +226,14 @@ def test_generation_follows_whole_forward_passes(params):
         assert list(logits[start : start + 20].argmax(-1)) == new
 
 
-def test_a_mesh_computes_the_same():
+@pytest.fixture
+def wide():
     with jax.enable_x64(True):
-        mesh_computes_the_same(
-            dataclasses.replace(SPEC, param_dtype="float64", compute_dtype="float64")
-        )
+        yield dataclasses.replace(SPEC, param_dtype="float64", compute_dtype="float64")
 
 
-def mesh_computes_the_same(spec):
+def test_a_mesh_computes_the_same(wide):
+    spec = wide
     tokens, segments = np.repeat(ids(), 4, axis=0), np.repeat(rows(), 4, axis=0)
     params = models.init(spec, 0)
     want = models.forward(spec, params, tokens, segments=segments)

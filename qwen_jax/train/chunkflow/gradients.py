@@ -277,16 +277,9 @@ def packed_gradients(
 
 
 def _loss(params, part, spec, rules, z_coef=0.0, remat="none"):
-    """(*`losses.cross_entropy` of standalone chunks, what routers counted)."""
+    """(*`losses.of_rows` of standalone chunks, what routers counted)."""
     hidden_btd, stats = _hidden(params, part, spec, rules, remat)
-    made = losses.cross_entropy(
-        hidden_btd,
-        decoder.head_vd(spec, params),
-        part["targets_bt"],
-        part["mask_bt"],
-        z_coef=z_coef,
-        rules=rules,
-    )
+    made = losses.of_rows(spec, params, hidden_btd, part, z_coef=z_coef, rules=rules)
     return *made, stats
 
 

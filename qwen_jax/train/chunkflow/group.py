@@ -31,9 +31,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from qwen_jax import mesh
-from qwen_jax.models import decoder, streams
 from qwen_jax.models import delta as delta_lib
 from qwen_jax.models import spec as spec_lib
+from qwen_jax.models import streams
 from qwen_jax.train import losses
 from qwen_jax.train.chunkflow import layers as layers_lib
 
@@ -316,16 +316,9 @@ def _head(spec, params, x, part, targets, z_coef, rules):
 
 
 def _cross_entropy(spec, params, x, part, z_coef, rules):
-    """`losses.cross_entropy` of the residual behind the layers."""
+    """`losses.of_rows` of the residual behind the layers."""
     hidden_btd = streams.end(params, x, spec, rules)
-    return losses.cross_entropy(
-        hidden_btd,
-        decoder.head_vd(spec, params),
-        part["targets_bt"],
-        part["mask_bt"],
-        z_coef=z_coef,
-        rules=rules,
-    )
+    return losses.of_rows(spec, params, hidden_btd, part, z_coef=z_coef, rules=rules)
 
 
 def _embed_back(spec, params, chunk, dx, rules):

@@ -160,16 +160,11 @@ class Stage:
         return acc | {"rest": rest, "sums": acc["sums"] | sums}, d
 
     def cross_entropy(self, row, rest, y):
-        """`losses.cross_entropy` of the residual behind the last layer."""
-        here = self.micro(row["micro"])
+        """`losses.of_rows` of the residual behind the last layer."""
         hidden_btd = streams.end(rest, y, self.spec, self.rules)
-        return losses.cross_entropy(
-            hidden_btd,
-            decoder.head_vd(self.spec, rest),
-            here["targets_bt"],
-            here["mask_bt"],
-            z_coef=self.config.z_loss,
-            rules=self.rules,
+        how = {"z_coef": self.config.z_loss, "rules": self.rules}
+        return losses.of_rows(
+            self.spec, rest, hidden_btd, self.micro(row["micro"]), **how
         )
 
     def start_back(self, row, dx, acc):
